@@ -1,0 +1,154 @@
+"""The images: reading CIFAR-100 or drawing the synthetic set, the split of each class, and the bytes on the device.
+
+    train, test = load_images("cifar100", data_path)                 # (100, 500, 32, 32, 3) and (100, 100, 32, 32, 3) bytes
+    validation_set = ImageSet(train[:, :50], device)                 # of each class, in file order, the first 50
+    indices = validation_set.indices_of(class_order[:5])             # which of its images belong to the first five classes
+    images, labels = validation_set.get(indices)                     # normalised, in channels-last order
+
+Letters in the shapes: n images, k images per class, h and w positions.
+"""
+
+import urllib.error
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from incremental_cifar.config import NUM_CLASSES, TEST_IMAGES_PER_CLASS, TRAIN_IMAGES_PER_CLASS, UserError
+
+IMAGE_SIZE = 32  # height and width
+PIXELS = IMAGE_SIZE * IMAGE_SIZE
+CHANNEL_MEANS = (0.5071, 0.4865, 0.4409)  # of pixels in [0, 1]; red, green, blue
+CHANNEL_DEVIATIONS = (0.2673, 0.2564, 0.2762)
+
+
+def load_images(
+    dataset: str,
+    data_path: str,
+    train_images_per_class: int = TRAIN_IMAGES_PER_CLASS,
+    test_images_per_class: int = TEST_IMAGES_PER_CLASS,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Training and test images, the first so many of each class in file order: two arrays (100, k, 32, 32, 3) of uint8.
+
+    dataset: "cifar100", which is downloaded into `data_path` unless it is there, or "synthetic". Raises UserError if CIFAR-100 is
+    neither there nor to be had.
+    """
+    if dataset == "synthetic":
+        return draw_synthetic_images(train_images_per_class, test_images_per_class)
+    train, test = (_read_cifar100(Path(data_path), is_train) for is_train in (True, False))
+    return train[:, :train_images_per_class], test[:, :test_images_per_class]
+
+
+def _read_cifar100(data_path: Path, is_train: bool) -> np.ndarray:
+    """One file of CIFAR-100, by class and in file order within a class. torchvision checks its md5 before it is unpickled."""
+    from torchvision.datasets import CIFAR100
+
+    folder = data_path / CIFAR100.base_folder
+    try:
+        dataset = CIFAR100(root=str(data_path), train=is_train, download=True)
+    except (OSError, urllib.error.URLError, RuntimeError) as error:
+        raise UserError(
+            f"{folder}: CIFAR-100 is not there, or not whole, and could not be downloaded ({error}); put the files train, test and meta "
+            f"of {CIFAR100.filename} into this folder, or set data_path to where they are"
+        ) from None
+    by_class = np.argsort(dataset.targets, kind="stable")
+    return dataset.data[by_class].reshape(NUM_CLASSES, -1, IMAGE_SIZE, IMAGE_SIZE, 3)
+
+
+class ImageSet:
+    """Some images of every class, as bytes on the device.
+
+    images: (100, k, 32, 32, 3) uint8, by CIFAR's label. Image i of the set has label i // k.
+    """
+
+    def __init__(self, images: np.ndarray, device: torch.device):
+        self.images_per_class = images.shape[1]
+        # (100 k 1024, 3): a row per pixel, so that any choice of images and positions is one gather of rows.
+        self.pixels = torch.from_numpy(np.ascontiguousarray(images)).view(-1, 3).to(device)
+        self.device = device
+
+    def indices_of(self, classes: Sequence[int] | np.ndarray) -> Tensor:
+        """Indices of all images of these classes, class after class: (len(classes) k,) int64, on the CPU."""
+        firsts = torch.as_tensor(np.asarray(classes), dtype=torch.int64) * self.images_per_class
+        return (firsts[:, None] + torch.arange(self.images_per_class)).flatten()
+
+    def labels(self, indices: Tensor) -> Tensor:
+        """CIFAR's labels, 0 to 99, of these images: (n,) int64."""
+        return indices // self.images_per_class
+
+    def get(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised images (n, 3, 32, 32) float32, channels-last in memory, and labels (n,); indices are on the set's device."""
+        pixels = self.pixels.view(-1, IMAGE_SIZE, IMAGE_SIZE, 3)[indices]
+        return normalise(pixels), self.labels(indices)
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Bytes (n, 32, 32, 3) to images (n, 3, 32, 32) of mean 0 and deviation 1 per channel; channels-last in memory."""
+    means, deviations = channel_statistics(pixels.device)
+    return ((pixels / 255 - means) / deviations).permute(0, 3, 1, 2)
+
+
+_channel_statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+
+def channel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Means and deviations of the channels, (3,) each; made once per device, since a copy from the host would wait for it."""
+    if device not in _channel_statistics:
+        _channel_statistics[device] = (
+            torch.tensor(CHANNEL_MEANS, device=device),
+            torch.tensor(CHANNEL_DEVIATIONS, device=device),
+        )
+    return _channel_statistics[device]
+
+
+# --- The synthetic set -----------------------------------------------------------------------------------------------------------
+
+SYNTHETIC_SEED = 100
+HIGHEST_FREQUENCY = 3  # cycles per image
+CLASS_CONTRAST = 0.40  # how much of an image its class explains; the rest is clutter of the same kind
+LARGEST_SHIFT = 3  # pixels by which a class's pattern is moved, in each direction
+NOISE_LEVELS = 40  # uniform noise per byte, of this many levels
+
+
+def draw_synthetic_images(train_images_per_class: int, test_images_per_class: int) -> tuple[np.ndarray, np.ndarray]:
+    """100 classes of smooth random patterns, as bytes (100, k, 32, 32, 3) for training and for test; always the same ones.
+
+    A class is one random colour pattern of low frequencies. An image shows it moved by up to three pixels, perhaps mirrored, its parts
+    stronger or weaker, under a pattern of the same kind that belongs to this image alone, and noise. Fewer images per class are the
+    first of more. Takes about 4 s for all 60,000.
+    """
+    counts = (train_images_per_class, test_images_per_class)
+    splits = [np.empty((NUM_CLASSES, count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8) for count in counts]
+    frequencies = np.arange(-HIGHEST_FREQUENCY, HIGHEST_FREQUENCY + 1)
+    strength = 1 / (1 + frequencies[:, None] ** 2 + frequencies[None, :] ** 2)  # natural images too are weaker at high frequencies
+    strength[HIGHEST_FREQUENCY, HIGHEST_FREQUENCY] = 0.5
+    waves = np.exp(2j * np.pi / IMAGE_SIZE * np.outer(np.arange(IMAGE_SIZE), frequencies))  # (position, frequency)
+
+    def random_patterns(rng: np.random.Generator, count: int) -> np.ndarray:
+        shape = (count, *strength.shape, 3)
+        return (rng.standard_normal(shape) + 1j * rng.standard_normal(shape)) * strength[..., None]
+
+    for label in range(NUM_CLASSES):
+        pattern = random_patterns(np.random.default_rng((SYNTHETIC_SEED, label)), 1)  # (1, vertical, horizontal frequency, channel)
+        for split, images in enumerate(splits):
+            # One generator per ingredient: what an image looks like does not depend on how many are asked for.
+            rngs = [np.random.default_rng((SYNTHETIC_SEED, label, split, ingredient)) for ingredient in range(5)]
+            count = counts[split]
+            clutter = random_patterns(rngs[0], count)
+            gains = rngs[1].uniform(0.5, 1.5, (count, *strength.shape, 1))
+            shifts = rngs[2].uniform(-LARGEST_SHIFT, LARGEST_SHIFT, (count, 2, 1))
+            mirrored = rngs[3].random(count) < 0.5
+
+            phases = np.exp(-2j * np.pi / IMAGE_SIZE * shifts * frequencies)  # (n, direction, frequency)
+            shown = pattern * gains * phases[:, 0, :, None, None] * phases[:, 1, None, :, None]
+            mixture = CLASS_CONTRAST * shown + (1 - CLASS_CONTRAST) * clutter
+            # Sum the waves as two products of matrices: over vertical, then over horizontal frequencies.
+            field = np.tensordot(mixture, waves, axes=([1], [1]))  # (n, horizontal frequency, channel, h)
+            field = np.tensordot(field, waves, axes=([1], [1])).real.transpose(0, 2, 3, 1)  # (n, h, w, channel)
+            field[mirrored] = field[mirrored, :, ::-1]
+            field = np.rint(45 * field + (128 - NOISE_LEVELS // 2))
+            field += rngs[4].integers(0, NOISE_LEVELS, field.shape, dtype=np.uint8)
+            images[label] = field.clip(0, 255, out=field)
+    return splits[0], splits[1]

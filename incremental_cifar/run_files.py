@@ -1,0 +1,174 @@
+"""Where the files of a run are, and how they are written and read.
+
+    files = RunFiles("results/base_deep_learning_system", index=0)
+    files.save_array("class_order", class_order)          # results/base_deep_learning_system/class_order/index-0.npy
+
+An experiment's folder, results_dir/experiment_name/, holds for each index K:
+
+    config_files/index-K.json                 the complete config, and under "_environment" versions and device
+    <metric>/index-K.npy                      one folder per metric, see learning_curves.METRICS
+    model_parameters/index-K_epoch-E.pt       state dicts: the initial network (E = 0) and the network at the end of each task
+    experiment_checkpoints/index-K_epoch-E.pt what a run resumes from; only the newest
+    experiment_indices.npy                    the finished indices, sorted; a run's index is added after everything else
+
+Every file is complete or absent: it is written beside its place, flushed to disk, and moved over it. Files are read without executing
+anything in them (no pickles).
+"""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from incremental_cifar.config import Config, UserError, make_config
+
+
+class RunFiles:
+    """Every path of one run, and the safe ways to write and read them."""
+
+    def __init__(self, folder: str | os.PathLike, index: int):
+        self.folder = Path(folder)
+        self.index = index
+        self.config_file = self.folder / "config_files" / f"index-{index}.json"
+        self.checkpoint_folder = self.folder / "experiment_checkpoints"
+        self.indices_file = self.folder / "experiment_indices.npy"
+
+    def array_file(self, metric: str) -> Path:
+        return self.folder / metric / f"index-{self.index}.npy"
+
+    def model_file(self, epoch: int) -> Path:
+        return self.folder / "model_parameters" / f"index-{self.index}_epoch-{epoch}.pt"
+
+    def checkpoint_file(self, epoch: int) -> Path:
+        return self.checkpoint_folder / f"index-{self.index}_epoch-{epoch}.pt"
+
+    # --- config ---
+
+    def save_config(self, config: Config, environment: dict[str, Any]) -> None:
+        content = {**config.to_dict(), "_environment": environment}
+        text = json.dumps(content, indent=1) + "\n"
+        write_file(self.config_file, text.encode())
+
+    def load_config(self) -> Config | None:
+        """The config this run was started with, or None if it was not. Raises UserError if the file is not a config."""
+        if not self.config_file.is_file():
+            return None
+        try:
+            settings = json.loads(self.config_file.read_text(encoding="utf-8"))
+            if not isinstance(settings, dict):
+                raise ValueError("not an object of keys and values")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.config_file}: cannot read the stored config of this run ({error})") from None
+        return make_config(settings, source=str(self.config_file), experiment_name=self.folder.name)
+
+    # --- metrics ---
+
+    def save_array(self, metric: str, array: np.ndarray) -> None:
+        write_file(self.array_file(metric), array_bytes(array))
+
+    # --- models and checkpoints ---
+
+    def save_model(self, epoch: int, network: torch.nn.Module) -> None:
+        """Store a network's state dict, on the CPU and contiguous, as the network of this epoch."""
+        state = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
+        write_file(self.model_file(epoch), state_bytes(state))
+
+    def save_checkpoint(self, epoch: int, state: dict[str, Any]) -> None:
+        """Write the checkpoint after `epoch` epochs, then remove the older ones of this run."""
+        older = [file for _, file in self.checkpoints()]
+        path = self.checkpoint_file(epoch)
+        write_file(path, state_bytes(state))
+        for file in older:
+            if file != path:
+                file.unlink(missing_ok=True)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The newest checkpoint, its tensors on the CPU; None if there is none. Raises UserError if it cannot be read."""
+        checkpoints = self.checkpoints()
+        if not checkpoints:
+            return None
+        path = checkpoints[-1][1]
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises many kinds, depending on where a file is damaged
+            raise UserError(
+                f"{path}: cannot read this checkpoint ({type(error).__name__}); delete it to start the run again from its beginning"
+            ) from None
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """Epoch and path of this run's checkpoints, oldest first."""
+        pattern = re.compile(rf"index-{self.index}_epoch-(\d+)\.pt")
+        names = os.listdir(self.checkpoint_folder) if self.checkpoint_folder.is_dir() else []
+        matches = [match for match in map(pattern.fullmatch, names) if match]
+        return sorted((int(match[1]), self.checkpoint_folder / match[0]) for match in matches)
+
+    # --- finished runs ---
+
+    def finished_indices(self) -> list[int]:
+        """Indices of this experiment's finished runs, sorted; also from a file of the released code. Raises UserError if unreadable."""
+        if not self.indices_file.is_file():
+            return []
+        try:
+            indices = np.load(self.indices_file, allow_pickle=False)
+            # As released: one finished run gives an array without a dimension, and a repeated run an index that appears twice.
+            return sorted({int(index) for index in np.atleast_1d(indices)})
+        except (OSError, ValueError, TypeError, EOFError) as error:
+            raise UserError(f"{self.indices_file}: cannot read the list of finished runs ({error})") from None
+
+    def mark_finished(self) -> None:
+        """Add this index to the finished ones; several runs of one experiment may do so at once."""
+        with _locked(self.folder / ".experiment_indices.lock"):
+            indices = np.array(sorted({*self.finished_indices(), self.index}), dtype=np.int64)
+            write_file(self.indices_file, array_bytes(indices))
+
+
+def array_bytes(array: np.ndarray) -> memoryview:
+    """The content of an .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getbuffer()
+
+
+def state_bytes(state: dict[str, Any]) -> memoryview:
+    """The content of a .pt file; made in memory, so that whatever the disk does shows up as an OSError of `write_file`."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getbuffer()
+
+
+def write_file(path: Path, content: bytes | memoryview) -> None:
+    """Write a file so that at every moment the old one, or the new one, is there whole. Raises UserError if it cannot be written."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot write this file ({error.strerror or error})") from None
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file that exists for this alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
