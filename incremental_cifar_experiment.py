@@ -180,8 +180,8 @@ class IncrementalCIFARExperiment(Experiment):
         checkpoint = self.files.load_checkpoint()
         if checkpoint is not None:
             self.load_checkpoint(checkpoint)
-            changed = [f"{key} {checkpoint['environment'].get(key)} -> {environment[key]}" for key in EXACTNESS_KEYS]
-            changed = [change for key, change in zip(EXACTNESS_KEYS, changed) if checkpoint["environment"].get(key) != environment[key]]
+            before = checkpoint["environment"]
+            changed = [f"{key} {before[key]} -> {environment[key]}" for key in EXACTNESS_KEYS if before[key] != environment[key]]
             if changed:
                 warn(f"resuming in another environment ({', '.join(changed)}): the last bits may differ from an uninterrupted run's")
             print(f"Resuming index {self.run_index} after epoch {checkpoint['epoch']} of {self.config.num_epochs}.")
@@ -264,7 +264,6 @@ class IncrementalCIFARExperiment(Experiment):
 
     def save_checkpoint(self, epoch: int) -> None:
         """Store all that a run needs to go on after `epoch` epochs as if nothing had happened, and the curves so far."""
-        is_task_end = epoch % self.config.epochs_per_task == 0
         state = {
             "epoch": epoch,
             "network": self.network.state_dict(),
@@ -372,7 +371,7 @@ def describe_environment(device: torch.device) -> dict[str, str | int | None]:
     return {
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a string subclass that weights_only=True would refuse
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,

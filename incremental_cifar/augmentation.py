@@ -57,10 +57,9 @@ def source_positions(transformations: Transformations) -> tuple[Tensor, Tensor]:
 
     Returns (n, 1024) int64 positions in the original image, and (n, 1024) bool: False where rotation shows what lies outside the image.
 
-    Backwards through the three transformations. The rotated coordinate follows torchvision (F.rotate: an affine grid, then
-    grid_sample with the nearest neighbour) operation by operation in float32, because a difference in the last bit can choose another
-    pixel: its matrix product multiplies, rounds, and adds the second product with one rounding. Here float64 holds the second product
-    and the sum exactly enough for that, on every device.
+    Backwards through the three transformations. The rotated coordinates repeat torchvision's operations in float32, one by one (F.rotate:
+    an affine grid, then grid_sample with the nearest neighbour), because a difference in the last bit can choose another pixel: two
+    products, each rounded, and their rounded sum. A fused multiply-add would not do.
     """
     flip, top, left, cosine, sine = (field[:, None] for field in transformations)
     position = torch.arange(PIXELS, device=flip.device)
@@ -80,8 +79,7 @@ def source_positions(transformations: Transformations) -> tuple[Tensor, Tensor]:
 
 def _rotated(x: Tensor, x_factor: Tensor, y: Tensor, y_factor: Tensor) -> Tensor:
     """Row or column, as an int64 number that may lie outside the image, from which a rotated pixel is taken."""
-    first = x * x_factor
-    coordinate = (first.double() + y.double() * y_factor.double()).float()  # in [-1, 1] where it is inside
+    coordinate = x * x_factor + y * y_factor  # in [-1, 1] where it is inside
     return ((coordinate + 1) * HALF - 0.5).round().long()  # halves go to the even neighbour, as in grid_sample
 
 

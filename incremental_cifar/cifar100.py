@@ -127,8 +127,8 @@ def draw_synthetic_images(train_images_per_class: int, test_images_per_class: in
     waves = np.exp(2j * np.pi / IMAGE_SIZE * np.outer(np.arange(IMAGE_SIZE), frequencies))  # (position, frequency)
 
     def random_patterns(rng: np.random.Generator, count: int) -> np.ndarray:
-        shape = (count, *strength.shape, 3)
-        return (rng.standard_normal(shape) + 1j * rng.standard_normal(shape)) * strength[..., None]
+        parts = rng.standard_normal((count, *strength.shape, 3, 2))  # real and imaginary
+        return (parts[..., 0] + 1j * parts[..., 1]) * strength[..., None]
 
     for label in range(NUM_CLASSES):
         pattern = random_patterns(np.random.default_rng((SYNTHETIC_SEED, label)), 1)  # (1, vertical, horizontal frequency, channel)

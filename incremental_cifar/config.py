@@ -107,6 +107,13 @@ class Config:
 # last bits: resuming elsewhere is allowed, with a warning).
 FREE_KEYS = frozenset({"data_path", "results_dir", "experiment_name", "num_workers", "checkpoint_save_frequency", "device"})
 
+DEVICE_NAMES = '"auto", "cpu", "cuda" or "cuda:N"'
+
+
+def is_device_name(name: str) -> bool:
+    return re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name) is not None
+
+
 Rule = tuple[Callable[[Any], bool], str]
 
 
@@ -125,7 +132,7 @@ def _one_of(*choices: str) -> Rule:
 # What a value must be beyond its type, and how to say so.
 RULES: dict[str, Rule] = {
     "experiment_name": (
-        lambda value: value == "" or re.fullmatch(r"[^/\\\0]{1,200}", value) is not None and value.strip(". ") != "",
+        lambda value: value == "" or (re.fullmatch(r"[^/\\\0]{1,200}", value) is not None and value.strip(". ") != ""),
         "the name of one folder",
     ),
     "num_workers": _at_least(0),
@@ -146,7 +153,7 @@ RULES: dict[str, Rule] = {
     "utility_function": _one_of("weight", "contribution"),
     "maturity_threshold": _at_least(0),
     "checkpoint_save_frequency": _at_least(0),
-    "device": (lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None, '"auto", "cpu", "cuda" or "cuda:N"'),
+    "device": (is_device_name, DEVICE_NAMES),
     "precision": _one_of("tf32", "fp32", "bf16"),
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from incremental_cifar.augmentation import augmented, draw_transformations
 from incremental_cifar.cifar100 import ImageSet
-from incremental_cifar.config import NUM_CLASSES, UserError
+from incremental_cifar.config import DEVICE_NAMES, NUM_CLASSES, UserError, is_device_name
 from incremental_cifar.continual_backprop import ContinualBackprop
 from incremental_cifar.resnet import ResNet18
 from incremental_cifar.seeds import Purpose, derive_seed, generator_for
@@ -31,7 +31,9 @@ STEPSIZE_SCHEDULE = ((3, 0.2), (6, 0.2), (8, 0.2))
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that a config names: "auto", "cpu", "cuda" or "cuda:N". Raises UserError if there is no such GPU."""
+    """The device of this name: "auto", "cpu", "cuda" or "cuda:N". Raises UserError for another name, or if there is no such GPU."""
+    if not is_device_name(name):
+        raise UserError(f'device: got "{name}"; it must be {DEVICE_NAMES}')
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":

@@ -1,0 +1,172 @@
+import json
+
+import pytest
+from conftest import ALGORITHMS, REPOSITORY
+
+import incremental_cifar_experiment
+from incremental_cifar.command_line import run_script
+from incremental_cifar.config import FIELDS, RULES, Config, UserError, differing_keys, load_config, make_config
+
+PAPER = {"stepsize": 0.1, "weight_decay": 0.0005, "momentum": 0.9, "early_stopping": True}
+EXPECTED = {
+    "base_deep_learning_system": {},
+    "continual_backpropagation": {
+        "use_cbp": True,
+        "replacement_rate": 1e-5,
+        "utility_function": "contribution",
+        "maturity_threshold": 1000,
+    },
+    "head_resetting": {"reset_head": True},
+    "retrained_network": {"reset_network": True},
+    "shrink_and_perturb": {"noise_std": 1e-5},
+}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_each_config_is_the_papers_algorithm(algorithm):
+    config = load_config(REPOSITORY / "cfg" / f"{algorithm}.json")
+    default = Config(
+        experiment_name=algorithm,
+        data_path=str(REPOSITORY / "data"),
+        results_dir=str(REPOSITORY / "results"),
+        **PAPER,
+        **EXPECTED[algorithm],
+    )
+    assert config == default
+    assert (config.num_tasks, config.classes_per_task, config.epochs_per_task, config.batch_size) == (20, 5, 200, 90)
+    assert config.steps_before(config.num_epochs) == 1_050_000 and config.num_epochs == 4000
+    assert config.epochs_per_checkpoint == 200
+
+
+def test_every_field_is_documented_with_its_default():
+    text = (REPOSITORY / "cfg" / "README.md").read_text().split("## Every key")[1]
+    rows = {line.split("|")[1].strip().strip("`"): line for line in text.splitlines() if line.startswith("| `")}
+    assert set(rows) == set(FIELDS)
+    for key, field in FIELDS.items():
+        default = rows[key].split("|")[3].strip().strip("`")
+        assert json.loads(default) == field.default, key
+    assert set(RULES) <= set(FIELDS)
+
+
+def test_a_config_in_the_released_form_loads_unchanged(tmp_path):
+    """Keys, values and comments as in the released cfg/continual_backpropagation.json."""
+    path = tmp_path / "mine.json"
+    keys = {"data_path": "", "results_dir": "", "experiment_name": "continual_backpropagation", "num_workers": 12}
+    settings = {"_model_description_": "a comment", **keys, **PAPER, "noise_std": 0.0, "_comment_4_": "another"}
+    settings |= EXPECTED["continual_backpropagation"] | {"reset_head": False, "reset_network": False}
+    path.write_text(json.dumps(settings))
+    config = load_config(path)
+    assert config.num_workers == 12 and config.use_cbp and config.experiment_name == "continual_backpropagation"
+    path.write_text("{}")
+    assert load_config(path).experiment_name == "mine"
+
+
+def test_overrides_are_typed_and_win(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"stepsize": 0.5}')
+    overrides = ["stepsize=1e-2", "early_stopping=true", "device=cpu", "num_tasks=3", "experiment_name=12", "results_dir=r=1"]
+    config = load_config(path, overrides)
+    assert (config.stepsize, config.early_stopping, config.device, config.num_tasks) == (0.01, True, "cpu", 3)
+    assert config.experiment_name == "12" and config.results_dir.endswith("r=1")
+    path.write_text('{"stepsize": 1}')
+    assert type(load_config(path).stepsize) is float
+
+
+def test_numbers_of_steps_with_a_last_smaller_batch():
+    config = make_config(
+        {"num_tasks": 3, "classes_per_task": 2, "epochs_per_task": 4, "train_images_per_class": 7, "batch_size": 10}, "test"
+    )
+    assert [config.steps_per_epoch(task) for task in range(3)] == [2, 3, 5]
+    assert [config.steps_before(epoch) for epoch in (0, 1, 4, 5, 11, 12)] == [0, 2, 8, 11, 35, 40]
+
+
+def test_only_keys_that_can_change_results_count_as_different():
+    stored = make_config({}, "test")
+    assert (
+        differing_keys(stored, make_config({"data_path": "x", "num_workers": 3, "checkpoint_save_frequency": 7, "device": "cpu"}, "t"))
+        == []
+    )
+    assert differing_keys(stored, make_config({"stepsize": 0.2, "precision": "fp32"}, "t")) == ["stepsize", "precision"]
+
+
+SYNTHETIC = '"dataset": "synthetic"'
+BAD_CONFIGS = {
+    "unknown key": ('{"step_size": 0.1}', 'unknown key "step_size"; did you mean "stepsize"?'),
+    "text for a number": ('{"stepsize": "fast"}', 'stepsize is "fast"; it must be a number, greater than 0'),
+    "negative": ('{"stepsize": -0.1}', "stepsize is -0.1; it must be a number, greater than 0"),
+    "fraction for an integer": ('{"num_tasks": 2.5}', "num_tasks is 2.5; it must be an integer, from 1 to 100"),
+    "number for a boolean": ('{"use_cbp": 1}', "use_cbp is 1; it must be true or false"),
+    "boolean for a number": ('{"momentum": true}', "momentum is true; it must be a number, from 0 to below 1"),
+    "null": ('{"noise_std": null}', "noise_std is null; it must be a number, 0 or more"),
+    "list": ('{"device": ["cpu"]}', 'device is ["cpu"]; it must be a string'),
+    "no such choice": ('{"utility_function": "age"}', 'one of "weight", "contribution"'),
+    "no such device": ('{"device": "gpu"}', '"auto", "cpu", "cuda" or "cuda:N"'),
+    "not finite": ('{"weight_decay": Infinity}', "and finite"),
+    "not a number": ('{"weight_decay": NaN}', "and finite"),
+    "too large a number": ('{"stepsize": 1' + "0" * 400 + "}", "and finite"),
+    "too many classes": ('{"num_tasks": 21}', "num_tasks 21 x classes_per_task 5 is 105 classes; CIFAR-100 has 100"),
+    "too many images": ('{"train_images_per_class": 460}', "is 510; a class has 500 training images"),
+    "no rate": ('{"use_cbp": true, "maturity_threshold": 5}', "use_cbp is true but replacement_rate is 0"),
+    "no maturity": ('{"use_cbp": true, "replacement_rate": 0.1}', "use_cbp is true but maturity_threshold is 0"),
+    "name with a folder": ('{"experiment_name": "../../etc"}', "the name of one folder"),
+    "key twice": ('{"stepsize": 0.1, "stepsize": 0.2}', 'key "stepsize" appears twice'),
+    "not JSON": ('{"stepsize": 0.1,}', "not valid JSON"),
+    "not an object": ("[1, 2]", "expected a JSON object of keys and values, found a list"),
+    "empty": ("", "not valid JSON"),
+    "binary": ("\udcff\udcfe", "not a JSON text file"),
+    "deeply nested": ("[" * 100_000, "not a JSON text file"),
+}
+
+
+def refused(capsys, arguments) -> str:
+    """The one line with which the script refuses these arguments."""
+    status = run_script(incremental_cifar_experiment.main, arguments)
+    output = capsys.readouterr()
+    assert status == 2 and output.out == ""
+    assert output.err.startswith("error: ") and output.err.count("\n") == 1
+    return output.err
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_a_bad_config_is_one_line_and_writes_nothing(case, tmp_path, capsys):
+    text, message = BAD_CONFIGS[case]
+    path = tmp_path / "bad.json"
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    arguments = ["--config", str(path), "--set", f"results_dir={tmp_path / 'results'}"]
+    line = refused(capsys, arguments)
+    assert message in line and str(path) in line
+    assert [file.name for file in tmp_path.iterdir()] == ["bad.json"]
+
+
+BAD_COMMAND_LINES = {
+    "no config": ([], "--config"),
+    "no such config": (["--config", "nowhere.json"], "nowhere.json: cannot read this config file"),
+    "a folder": (["--config", "."], "cannot read this config file"),
+    "index with letters": (["--config", "c.json", "--experiment-index", "one"], "invalid int value: 'one'"),
+    "negative index": (["--config", "c.json", "--experiment-index", "-1"], "an integer from 0 to 99999"),
+    "index too large": (["--config", "c.json", "--experiment-index", "100000"], "an integer from 0 to 99999"),
+    "unknown argument": (["--config", "c.json", "--fast"], "--fast"),
+    "override without a value": (["--config", "c.json", "--set", "stepsize"], 'expected KEY=VALUE, got "stepsize"'),
+    "override of an unknown key": (["--config", "c.json", "--set", "stepsiez=1"], 'did you mean "stepsize"?'),
+    "override of the wrong type": (["--config", "c.json", "--set", "num_tasks=many"], 'num_tasks is "many"; it must be an integer'),
+    "override out of range": (["--config", "c.json", "--set", "momentum=1"], "from 0 to below 1"),
+    "capitalised boolean": (["--config", "c.json", "--set", "use_cbp=True"], 'use_cbp is "True"; it must be true or false'),
+    "no such GPU": (["--config", "c.json", "--set", "device=cuda:99"], '"cuda:99" is not here'),
+    "data set not there": (["--config", "c.json", "--set", "data_path=c.json"], "CIFAR-100 is not there"),
+    "results in a file": (["--config", "c.json", "--set", "results_dir=c.json"], "cannot write this file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_COMMAND_LINES)
+def test_a_bad_command_line_is_one_line_and_writes_nothing(case, tmp_path, capsys, monkeypatch):
+    arguments, message = BAD_COMMAND_LINES[case]
+    monkeypatch.chdir(tmp_path)
+    dataset = "cifar100" if "data set" in case else "synthetic"
+    (tmp_path / "c.json").write_text(json.dumps({"dataset": dataset, "results_dir": "results", "network_width": 1}))
+    assert message in refused(capsys, arguments)
+    assert [file.name for file in tmp_path.iterdir()] == ["c.json"]
+
+
+def test_user_errors_name_their_source():
+    with pytest.raises(UserError, match=r"^here: stepsize is 0;"):
+        make_config({"stepsize": 0}, source="here")

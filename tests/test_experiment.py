@@ -1,0 +1,249 @@
+"""The experiment script from its command line: what it writes, and that an interruption changes none of it."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ALGORITHMS, REPOSITORY, TINY, everything_in, stored_results, tiny_arguments
+
+from incremental_cifar.learning_curves import METRICS, LearningCurves
+from incremental_cifar.resnet import build_network
+from incremental_cifar.seeds import draw_class_order, experiment_seed
+
+NUM_EPOCHS = 12
+NUM_STEPS = 4 * (4 + 8 + 12)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The folder of an uninterrupted tiny run of each algorithm, started when it is first asked for."""
+    from conftest import ScriptRun
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+
+    def of(algorithm):
+        if not (folder / algorithm).exists():
+            run = ScriptRun(tiny_arguments(algorithm, folder), folder / f"{algorithm}.txt")
+            assert run.wait() == 0, run.output()
+        return folder / algorithm
+
+    return of
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_files_of_a_finished_run(uninterrupted, algorithm):
+    folder = uninterrupted(algorithm)
+    lengths = {name: NUM_EPOCHS for name in METRICS} | {
+        "train_loss_per_checkpoint": NUM_STEPS // 25,
+        "train_accuracy_per_checkpoint": NUM_STEPS // 25,
+        "class_order": 100,
+    }
+    for name, metric in METRICS.items():
+        array = np.load(folder / name / "index-0.npy", allow_pickle=False)
+        assert array.shape == (lengths[name],) and array.dtype == metric.dtype and np.isfinite(array).all(), name
+        if "accuracy" in name:
+            assert (array >= 0).all() and (array <= 1).all()
+        if "runtime" in name:
+            assert (array > 0).all()
+    assert np.array_equal(np.load(folder / "class_order" / "index-0.npy"), draw_class_order(experiment_seed(0)))
+    assert np.load(folder / "experiment_indices.npy").tolist() == [0]
+    assert sorted(os.listdir(folder / "model_parameters")) == [f"index-0_epoch-{epoch}.pt" for epoch in (0, 12, 4, 8)]
+    config = json.loads((folder / "config_files" / "index-0.json").read_text())
+    assert config["num_tasks"] == 3 and config["_environment"]["torch"] == torch.__version__
+    initial = torch.load(folder / "model_parameters" / "index-0_epoch-0.pt", weights_only=True)
+    for name, tensor in build_network(experiment_seed(0), width=2).state_dict().items():
+        assert torch.equal(initial[name], tensor)
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_algorithms_differ_where_they_should(uninterrupted):
+    """All but those that act within the first task share it, and every one differs from the base system in the end."""
+    base = stored_results(uninterrupted("base_deep_learning_system"))
+    for algorithm in ALGORITHMS[1:]:
+        other = stored_results(uninterrupted(algorithm))
+        same_first_task = other["model_parameters/index-0_epoch-4.pt"] == base["model_parameters/index-0_epoch-4.pt"]
+        assert same_first_task == (algorithm in ("head_resetting", "retrained_network")), algorithm
+        assert other["model_parameters/index-0_epoch-12.pt"] != base["model_parameters/index-0_epoch-12.pt"], algorithm
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(uninterrupted, algorithm, tmp_path, script):
+    """Stopped by SIGTERM or Ctrl-C in three epochs and by SIGKILL in another, anywhere in a task, resumed each time."""
+    expected = stored_results(uninterrupted(algorithm))
+    choice = random.Random(algorithm)
+    epochs = sorted(choice.sample(range(1, NUM_EPOCHS), 3))
+    killed_after = choice.randrange(3)
+    arguments = [*tiny_arguments(algorithm, tmp_path, checkpoint_save_frequency=3), "--verbose"]
+    for number, epoch in enumerate(epochs):
+        if number == killed_after:
+            run = script(arguments)
+            run.wait_for_output(f"Epoch {epoch}/")
+            run.send(signal.SIGKILL)
+            assert run.wait() == -signal.SIGKILL
+        signal_number = choice.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGINT])
+        run = script(arguments)
+        run.wait_for_output(f"Epoch {epoch}/")
+        run.send(signal_number)
+        assert run.wait() == 128 + signal_number, run.output()
+        assert f"stopped after epoch {epoch} with a checkpoint" in run.output()
+        assert os.listdir(tmp_path / algorithm / "experiment_checkpoints") == [f"index-0_epoch-{epoch}.pt"]
+    run = script(arguments)
+    assert run.wait() == 0 and f"Resuming index 0 after epoch {epochs[-1]} of 12" in run.output()
+    actual = stored_results(tmp_path / algorithm)
+    assert actual.keys() == expected.keys()
+    assert [name for name in actual if actual[name] != expected[name]] == []
+
+
+def test_two_processes_give_the_same_results(uninterrupted, tmp_path, script):
+    assert script(tiny_arguments("shrink_and_perturb", tmp_path)).wait() == 0
+    assert stored_results(tmp_path / "shrink_and_perturb") == stored_results(uninterrupted("shrink_and_perturb"))
+
+
+def test_a_finished_run_is_left_alone(uninterrupted, script):
+    folder = uninterrupted("base_deep_learning_system")
+    before = everything_in(folder)
+    run = script(tiny_arguments("base_deep_learning_system", folder.parent))
+    assert run.wait() == 0 and "is finished; nothing to do" in run.output()
+    assert everything_in(folder) == before
+
+
+def test_other_settings_are_refused_and_named(uninterrupted, script):
+    folder = uninterrupted("base_deep_learning_system")
+    before = everything_in(folder)
+    run = script(tiny_arguments("base_deep_learning_system", folder.parent, stepsize=0.2, batch_size=11))
+    assert run.wait() == 2
+    assert "batch_size (10 there, 11 here), stepsize (0.1 there, 0.2 here)" in run.output() and run.output().count("\n") == 1
+    assert everything_in(folder) == before
+
+
+def test_indices_share_an_experiment(uninterrupted, tmp_path, script):
+    runs = [script([*tiny_arguments("base_deep_learning_system", tmp_path, num_tasks=1), "--experiment-index", str(n)]) for n in (5, 2)]
+    assert [run.wait() for run in runs] == [0, 0]
+    folder = tmp_path / "base_deep_learning_system"
+    assert np.load(folder / "experiment_indices.npy").tolist() == [2, 5]
+    losses = [np.load(folder / "test_loss_per_epoch" / f"index-{index}.npy") for index in (2, 5)]
+    assert not np.array_equal(*losses)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(tmp_path, script):
+    arguments = tiny_arguments("base_deep_learning_system", tmp_path, stepsize=1e30, checkpoint_save_frequency=1)
+    run = script(arguments)
+    assert run.wait() == 2
+    assert "the loss is no longer finite in epoch 1 (step size 1e+30)" in run.output()
+    assert "Traceback" not in run.output()
+    assert not (tmp_path / "base_deep_learning_system" / "experiment_indices.npy").exists()
+
+
+def test_early_stopping_goes_back_to_the_first_best_epoch(tmp_path, monkeypatch):
+    """The stored network is the one of the epoch with the task's best validation accuracy; of equals, the first."""
+    import incremental_cifar_experiment as script_module
+
+    accuracies = iter([0.3, 0.6, 0.6, 0.5, 0.2, 0.2, 0.1, 0.2])
+    states = []
+
+    class Recorded(script_module.IncrementalCIFARExperiment):
+        def evaluate_epoch(self, epoch, classes):
+            super().evaluate_epoch(epoch, classes)
+            states.append({name: tensor.clone() for name, tensor in self.network.state_dict().items()})
+            return next(accuracies)
+
+    settings = TINY | {"num_tasks": 2, "early_stopping": True}
+    experiment = Recorded(settings, str(tmp_path / "run"), 0, verbose=False)
+    experiment.run()
+    for epoch, best in ((4, 1), (8, 4)):
+        stored = torch.load(tmp_path / "run" / "model_parameters" / f"index-0_epoch-{epoch}.pt", weights_only=True)
+        assert all(torch.equal(stored[name], tensor) for name, tensor in states[best].items())
+
+
+@pytest.mark.parametrize(("setting", "kept"), [("reset_head", True), ("reset_network", False)])
+def test_resets_at_the_end_of_a_task(tmp_path, setting, kept):
+    """After the model is stored, the head or the network is drawn anew, but not after the last task; momentum is kept."""
+    from incremental_cifar_experiment import IncrementalCIFARExperiment
+
+    after = []
+
+    class Recorded(IncrementalCIFARExperiment):
+        def end_task(self, task):
+            super().end_task(task)
+            after.append({name: tensor.clone() for name, tensor in self.network.state_dict().items()})
+            self.largest_momentum = max(state["momentum_buffer"].abs().max() for state in self.optimizer.state.values())
+
+    settings = TINY | {"num_tasks": 2, setting: True}
+    experiment = Recorded(settings, str(tmp_path / "run"), 0, verbose=False)
+    experiment.run()
+    stored = [torch.load(tmp_path / "run" / "model_parameters" / f"index-0_epoch-{epoch}.pt", weights_only=True) for epoch in (4, 8)]
+    assert not torch.equal(after[0]["fc.weight"], stored[0]["fc.weight"]) and (after[0]["fc.bias"] == 0).all()
+    assert torch.equal(after[0]["layer3.0.conv1.weight"], stored[0]["layer3.0.conv1.weight"]) == kept
+    assert torch.equal(after[0]["bn1.running_mean"], stored[0]["bn1.running_mean"]) == kept
+    assert all(torch.equal(after[1][name], tensor) for name, tensor in stored[1].items())
+    assert experiment.largest_momentum > 0
+
+
+def test_resuming_in_another_environment_warns(tmp_path, script):
+    arguments = tiny_arguments("base_deep_learning_system", tmp_path, num_tasks=1, checkpoint_save_frequency=1)
+    run = script([*arguments, "--verbose"])
+    run.wait_for_output("Epoch 2/")
+    run.send(signal.SIGTERM)
+    assert run.wait() == 143
+    (path,) = (tmp_path / "base_deep_learning_system" / "experiment_checkpoints").iterdir()
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["environment"]["torch"] = "1.13.0"
+    torch.save(checkpoint, path)
+    run = script(arguments)
+    assert run.wait() == 0
+    assert f"warning: resuming in another environment (torch 1.13.0 -> {torch.__version__})" in run.output()
+
+
+def test_verbose_output(tmp_path, script):
+    arguments = [*tiny_arguments("base_deep_learning_system", tmp_path, num_tasks=1, train_images_per_class=130), "--verbose"]
+    run = script(arguments)
+    assert run.wait() == 0
+    output = run.output()
+    assert output.count("step 25: training accuracy") == 1  # 26 steps an epoch: the windows end at steps 25, 24, 23 and 22
+    assert output.count("training accuracy") == 4
+    assert output.count("validation accuracy: 0.") + output.count("validation accuracy: 1.") == 4
+    assert output.count("epoch run time:") == 4
+
+
+def test_progress_counts_work_not_epochs(tmp_path, capsys):
+    """After the first of three tasks, a third of the epochs but a sixth of the work is done."""
+    from incremental_cifar_experiment import IncrementalCIFARExperiment
+
+    experiment = IncrementalCIFARExperiment(dict(TINY), str(tmp_path / "run"), 0, verbose=False)
+    bar = experiment.make_progress_bar(first_epoch=4)
+    assert bar.initial / bar.total == pytest.approx(1 / 6)
+    bar.close()
+    experiment.run()
+    assert experiment.progress.n == experiment.progress.total == (2 + 4 + 6) * 4 * (3 * 20 + 5 + 5)
+    assert "100.0%" in capsys.readouterr().err
+
+
+def test_windows_of_training_curves():
+    curves = LearningCurves(num_steps=60, num_epochs=2, device=torch.device("cpu"))
+    curves.step_losses[:] = torch.arange(60.0)
+    assert curves.arrays(2, 60)["train_loss_per_checkpoint"].tolist() == [12.0, 37.0]
+    assert curves.arrays(1, 30)["train_loss_per_checkpoint"].tolist() == [12.0]
+
+
+def test_through_mlproj_managers_runner(uninterrupted, tmp_path):
+    """`python -m mlproj_manager.experiments.experiment_runner` from another folder gives the script's results."""
+    settings = json.loads((uninterrupted("head_resetting") / "config_files" / "index-0.json").read_text())
+    settings |= {"index": 0, "verbose": False}
+    # Its registry of experiments is a file inside the installed package; this one is put into the test's folder.
+    start = (
+        "import runpy, sys; import mlproj_manager.definitions as definitions; definitions.ROOT = sys.argv.pop(1); "
+        "runpy.run_module('mlproj_manager.experiments.experiment_runner', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", start, str(tmp_path), "--json_config_string", json.dumps(settings)]
+    command += ["--exp_file_path", str(REPOSITORY / "incremental_cifar_experiment.py"), "--exp_class_name", "IncrementalCIFARExperiment"]
+    command += ["--exp_name", "incremental_cifar_test", "--results_dir", str(tmp_path / "head_resetting")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    completed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
+    assert stored_results(tmp_path / "head_resetting") == stored_results(uninterrupted("head_resetting"))

@@ -1,0 +1,98 @@
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from incremental_cifar.config import UserError
+from incremental_cifar.resnet import build_network
+from incremental_cifar.run_files import RunFiles, write_file
+
+
+def test_finished_indices_are_sorted_and_without_repeats(tmp_path):
+    for index in (3, 0, 3, 11):
+        RunFiles(tmp_path, index).mark_finished()
+    indices = np.load(tmp_path / "experiment_indices.npy")
+    assert indices.tolist() == [0, 3, 11] and indices.dtype == np.int64 and indices.ndim == 1
+
+
+@pytest.mark.parametrize(("stored", "expected"), [(np.array(4), [4]), (np.array([2, 0, 2]), [0, 2])])
+def test_finished_indices_of_the_released_code_are_understood(tmp_path, stored, expected):
+    np.save(tmp_path / "experiment_indices.npy", stored)
+    assert RunFiles(tmp_path, 0).finished_indices() == expected
+
+
+def test_runs_that_finish_at_once_are_all_listed(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda index: RunFiles(tmp_path, index).mark_finished(), range(40)))
+    assert RunFiles(tmp_path, 0).finished_indices() == list(range(40))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "file"
+    write_file(path, b"old")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"file: cannot write this file \(No space left on device\)"):
+        write_file(path, b"new")
+    assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file"]
+
+
+def test_a_file_takes_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    seen = []
+    replace = os.replace
+
+    def record(partial, final):
+        seen.append((Path(partial).read_bytes(), Path(final).exists()))
+        replace(partial, final)
+
+    monkeypatch.setattr(os, "replace", record)
+    write_file(path, b"content")
+    assert seen == [(b"content", False)] and path.read_bytes() == b"content"
+
+
+def test_only_the_newest_checkpoint_is_kept_and_only_of_this_index(tmp_path):
+    files, other = RunFiles(tmp_path, 1), RunFiles(tmp_path, 11)
+    assert files.load_checkpoint() is None
+    other.save_checkpoint(7, {"epoch": 7})
+    for epoch in (5, 10):
+        files.save_checkpoint(epoch, {"epoch": epoch, "tensors": [torch.arange(3)]})
+    assert sorted(os.listdir(files.checkpoint_folder)) == ["index-11_epoch-7.pt", "index-1_epoch-10.pt"]
+    checkpoint = files.load_checkpoint()
+    assert checkpoint["epoch"] == 10 and checkpoint["tensors"][0].tolist() == [0, 1, 2]
+
+
+class Dangerous:
+    def __reduce__(self):
+        return os.abort, ()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps(Dangerous(), protocol=2)], ids=["empty", "text", "pickle"])
+def test_a_checkpoint_that_cannot_be_read_is_one_line_and_executes_nothing(tmp_path, content):
+    files = RunFiles(tmp_path, 0)
+    write_file(files.checkpoint_file(3), content)
+    with pytest.raises(UserError, match=r"index-0_epoch-3\.pt: cannot read this checkpoint"):
+        files.load_checkpoint()
+
+
+def test_lists_of_finished_runs_are_read_without_pickle(tmp_path):
+    np.save(tmp_path / "experiment_indices.npy", np.array([Dangerous()], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match="cannot read the list of finished runs"):
+        RunFiles(tmp_path, 0).finished_indices()
+
+
+def test_models_are_plain_contiguous_state_dicts(tmp_path):
+    network = build_network(0, width=2).to(memory_format=torch.channels_last)
+    files = RunFiles(tmp_path, 0)
+    files.save_model(200, network)
+    stored = torch.load(tmp_path / "model_parameters" / "index-0_epoch-200.pt", weights_only=True)
+    assert list(stored) == list(network.state_dict())
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(stored[name], tensor) and stored[name].is_contiguous() and stored[name].device.type == "cpu"

@@ -1,0 +1,260 @@
+import copy
+import functools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from incremental_cifar.augmentation import augmented, draw_transformations
+from incremental_cifar.cifar100 import ImageSet
+from incremental_cifar.config import UserError
+from incremental_cifar.continual_backprop import ContinualBackprop
+from incremental_cifar.resnet import build_network
+from incremental_cifar.seeds import Purpose, generator_for
+from incremental_cifar.training import (
+    WeightNoise,
+    choose_device,
+    evaluate,
+    make_optimizer,
+    momentum_buffers,
+    set_stepsize,
+    stepsize_at,
+    train_one_epoch,
+    train_step,
+    unseen_mask,
+)
+
+CPU = torch.device("cpu")
+CLASS_ORDER = np.random.RandomState(0).permutation(100)
+
+
+@pytest.fixture
+def network():
+    return build_network(11, width=2).to(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.from_numpy(CLASS_ORDER[:10])[torch.randint(0, 10, (6,), generator=generator)]
+    return torch.randn(6, 3, 32, 32, generator=generator), labels
+
+
+@pytest.fixture(scope="module")
+def image_set():
+    return ImageSet(np.random.default_rng(1).integers(0, 256, (100, 7, 32, 32, 3), dtype=np.uint8), CPU)
+
+
+def plain_loss(network, images, labels, classes):
+    """The protocol's loss: the seen classes' logits alone, in class order, and the label's position in it."""
+    logits = network(images)[0][:, torch.from_numpy(classes)]
+    positions = torch.tensor([classes.tolist().index(label) for label in labels])
+    return F.cross_entropy(logits, positions), (logits.argmax(1) == positions).float().mean()
+
+
+def test_masking_unseen_classes_equals_slicing_the_logits(network, batch):
+    images, labels = batch
+    classes = CLASS_ORDER[:10]
+    loss, accuracy = plain_loss(network, images, labels, classes)
+    loss.backward()
+    gradients = [parameter.grad.clone() for parameter in network.parameters()]
+    network.zero_grad()
+    masked = network(images)[0] + unseen_mask(classes, CPU)
+    masked_loss = F.cross_entropy(masked, labels)
+    masked_loss.backward()
+    torch.testing.assert_close(masked_loss, loss)
+    assert (masked.argmax(1) == labels).float().mean() == accuracy
+    for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+    unseen = torch.from_numpy(CLASS_ORDER[10:])
+    assert (network.fc.weight.grad[unseen] == 0).all()
+
+
+def test_a_step_is_that_of_plain_sgd(network, batch):
+    """Three steps with the step size in a tensor and momentum from zeros, against torch.optim.SGD as everybody uses it."""
+    images, labels = batch
+    classes = CLASS_ORDER[:10]
+    twin = copy.deepcopy(network)
+    plain = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, weight_decay=0.0005)
+    optimizer = make_optimizer(network, stepsize=0.5, momentum=0.9, weight_decay=0.0005)
+    set_stepsize(optimizer, 0.1)
+    for step in range(3):
+        expected_loss, expected_accuracy = plain_loss(twin, images, labels, classes)
+        plain.zero_grad()
+        expected_loss.backward()
+        plain.step()
+        loss, accuracy = train_step(network, optimizer, images, labels, unseen_mask(classes, CPU), step)
+        torch.testing.assert_close(loss, expected_loss.detach(), rtol=1e-4, atol=1e-5)
+        assert accuracy == expected_accuracy
+    for ours, theirs in zip(network.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    for ours, parameter in zip(momentum_buffers(optimizer), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, plain.state[parameter]["momentum_buffer"], rtol=1e-2, atol=1e-3)
+
+
+def test_order_of_a_step_is_sgd_then_reset_then_noise(network, batch):
+    """A twin that does the three by hand, in this order, on a step in which units are reset; another order gives other weights."""
+    images, labels = batch
+    mask = unseen_mask(CLASS_ORDER[:10], CPU)
+    twin = copy.deepcopy(network)
+    parts = []
+    for net in (network, twin):
+        optimizer = make_optimizer(net, 0.1, 0.9, 0.0005)
+        parts.append((optimizer, ContinualBackprop(net, 3, 0.5, maturity_threshold=1), WeightNoise(net, 3, 0.01)))
+    for step in range(3):
+        train_step(network, parts[0][0], images, labels, mask, step, continual_backprop=parts[0][1], weight_noise=parts[0][2])
+
+        optimizer, continual_backprop, weight_noise = parts[1]
+        logits, features = twin(images)
+        optimizer.zero_grad()
+        F.cross_entropy(logits + mask, labels).backward()
+        optimizer.step()
+        continual_backprop.step([feature.detach() for feature in features])
+        weight_noise.add(step)
+    assert parts[0][1].births.max() > 0
+    for ours, theirs in zip(network.state_dict().values(), twin.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    # Outgoing weights of a unit reset last are silent but for the noise added afterwards.
+    chosen = parts[0][1].layer_births[16] == 3
+    assert chosen.any() and network.fc.weight[:, chosen].std().item() == pytest.approx(0.01, rel=0.3)
+
+
+def test_noise_depends_on_seed_and_step_alone_and_has_its_deviation(network):
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    noise = WeightNoise(network, random_seed=5, std=0.02)
+    noise.add(step=8)
+    added = torch.cat([(after.detach() - start).flatten() for after, start in zip(network.parameters(), before, strict=True)])
+    assert added.std().item() == pytest.approx(0.02, rel=0.03) and added.mean().item() == pytest.approx(0, abs=0.001)
+    assert (added != 0).float().mean() > 0.99
+    with torch.no_grad():
+        for parameter, start in zip(network.parameters(), before, strict=True):
+            parameter.copy_(start)
+    other = WeightNoise(network, random_seed=5, std=0.02)
+    other.add(step=3)
+    with torch.no_grad():
+        for parameter, start in zip(network.parameters(), before, strict=True):
+            parameter.copy_(start)
+    other.add(step=8)
+    again = torch.cat([(after.detach() - start).flatten() for after, start in zip(network.parameters(), before, strict=True)])
+    assert torch.equal(again, added)
+
+
+def test_step_sizes_of_the_paper_and_of_short_tasks():
+    sizes = [stepsize_at(epoch, 200, 0.1) for epoch in range(200)]
+    assert sizes[0] == sizes[59] == 0.1
+    assert sizes[60] == sizes[119] == pytest.approx(0.02)
+    assert sizes[120] == sizes[159] == pytest.approx(0.004)
+    assert sizes[160] == sizes[199] == pytest.approx(0.0008)
+    assert stepsize_at(199, 200, 0.01) == pytest.approx(0.00008)  # the released code rounds this to 0.00008 too, but 0.001 to 0.00001
+    assert [stepsize_at(epoch, 8, 1.0) for epoch in range(8)] == pytest.approx([1, 1, 1, 0.2, 0.2, 0.04, 0.04, 0.008])
+    assert stepsize_at(0, 1, 0.1) == 0.1
+
+
+def test_an_epoch_trains_on_every_image_once_in_its_own_order(image_set):
+    seen, transformed = [], []
+
+    def record(images, labels, mask, step):
+        seen.append((step, labels.clone(), mask))
+        transformed.append(images.clone())
+        return torch.tensor(float(step)), torch.tensor(0.5)
+
+    losses, accuracies = torch.zeros(20), torch.zeros(20)
+    classes = CLASS_ORDER[:5]
+    reports = []
+    arguments = (record, image_set, classes, 9, 123)
+    train_one_epoch(*arguments, 2, losses, accuracies, first_step=10, after_step=lambda *report: reports.append(report))
+    assert [step for step, _, _ in seen] == [10, 11, 12, 13] and [len(labels) for _, labels, _ in seen] == [9, 9, 9, 8]
+    assert reports == [(1, 9), (2, 9), (3, 9), (4, 8)]
+    assert losses[10:14].tolist() == [10, 11, 12, 13] and losses[:10].sum() == 0 and accuracies[13] == 0.5
+    labels = torch.cat([labels for _, labels, _ in seen])
+    assert sorted(labels.tolist()) == sorted(np.repeat(classes, 7).tolist())
+
+    # The order and the transformations follow from the seed and the epoch.
+    generator = generator_for(123, Purpose.EPOCH, 2)
+    indices = image_set.indices_of(classes)
+    indices = indices[torch.randperm(35, generator=generator)]
+    expected, expected_labels = augmented(image_set, indices, draw_transformations(35, generator))
+    assert torch.equal(labels, expected_labels) and torch.equal(torch.cat(transformed), expected)
+    first = labels
+    seen.clear()
+    train_one_epoch(*arguments, 3, losses, accuracies, first_step=0)
+    assert not torch.equal(torch.cat([labels for _, labels, _ in seen]), first)
+
+
+def test_evaluation_is_the_mean_over_images_of_the_network_in_eval_mode(network, image_set, monkeypatch):
+    monkeypatch.setattr("incremental_cifar.training.EVALUATION_BATCH_SIZE", 16)
+    classes = CLASS_ORDER[:10]
+    before = copy.deepcopy(network.state_dict())
+    loss, accuracy = evaluate(network, image_set, classes)
+    network.eval()
+    images, labels = image_set.get(image_set.indices_of(classes))
+    expected_loss, expected_accuracy = plain_loss(network, images, labels.tolist(), classes)
+    torch.testing.assert_close(loss, expected_loss.detach())
+    assert accuracy.item() == pytest.approx(expected_accuracy.item())
+    evaluate(network, image_set, classes)
+    assert network.training  # as before
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_test_images_are_transformed_only_if_asked_for(network, image_set):
+    classes = CLASS_ORDER[:10]
+    plain = evaluate(network, image_set, classes)[0]
+    transformed = [evaluate(network, image_set, classes, augmentation_generator=generator_for(1, Purpose.TEST_IMAGES, 0))[0] for _ in "12"]
+    assert transformed[0] == transformed[1] != plain
+    network.eval()
+    indices = image_set.indices_of(classes)
+    transformations = draw_transformations(len(indices), generator_for(1, Purpose.TEST_IMAGES, 0))
+    images, labels = augmented(image_set, indices, transformations)
+    torch.testing.assert_close(transformed[0], plain_loss(network, images, labels.tolist(), classes)[0].detach())
+
+
+def test_bf16_steps_stay_near_fp32(batch):
+    images, labels = batch
+    mask = unseen_mask(CLASS_ORDER[:10], CPU)
+    losses = {}
+    for precision in ("fp32", "bf16", "tf32"):
+        network = build_network(11, width=8).to(memory_format=torch.channels_last)
+        step = functools.partial(train_step, network, make_optimizer(network, 0.01, 0.9, 0.0005), precision=precision)
+        losses[precision] = torch.stack([step(images, labels, mask, number)[0] for number in range(4)])
+        assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
+    assert torch.equal(losses["tf32"], losses["fp32"])  # on a CPU
+    torch.testing.assert_close(losses["bf16"], losses["fp32"], rtol=0.05, atol=0.02)
+    assert not torch.equal(losses["bf16"], losses["fp32"])
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert choose_device("auto") == choose_device("cpu") == CPU
+    with pytest.raises(UserError, match="sees 0 CUDA GPUs"):
+        choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda:0")
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UserError, match='"cuda:2" is not here'):
+        choose_device("cuda:2")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("use_cbp", [False, True])
+def test_steps_on_a_gpu_agree_with_the_cpu_and_wait_for_nothing(batch, use_cbp):
+    images, labels = batch
+    networks = {}
+    for device in (CPU, torch.device("cuda")):
+        network = build_network(11, width=8).to(device, memory_format=torch.channels_last)
+        continual_backprop = ContinualBackprop(network, 3, 0.05, maturity_threshold=2) if use_cbp else None
+        optimizer = make_optimizer(network, 0.01, 0.9, 0.0005)
+        mask = unseen_mask(CLASS_ORDER[:10], device)
+        data = images.to(device), labels.to(device)
+        train_step(network, optimizer, *data, mask, 0, continual_backprop=continual_backprop)
+        torch.cuda.set_sync_debug_mode("error" if device.type == "cuda" else "default")
+        try:
+            for step in range(1, 6):
+                train_step(network, optimizer, *data, mask, step, continual_backprop=continual_backprop)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        networks[device.type] = network
+    for ours, theirs in zip(networks["cuda"].parameters(), networks["cpu"].parameters(), strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-2, atol=1e-3)
