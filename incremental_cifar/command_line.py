@@ -25,6 +25,8 @@ def run_script(main: Callable[[Sequence[str] | None], int], arguments: Sequence[
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:  # outside `stop_requests`: before the work began, or after it
+        return 128 + signal.SIGINT
 
 
 def warn(message: str) -> None:

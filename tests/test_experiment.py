@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ALGORITHMS, REPOSITORY, TINY, everything_in, stored_results, tiny_arguments
 
+from incremental_cifar.cifar100 import draw_synthetic_images
 from incremental_cifar.learning_curves import METRICS, LearningCurves
 from incremental_cifar.resnet import build_network
 from incremental_cifar.seeds import draw_class_order, experiment_seed
@@ -138,6 +139,43 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(tmp_pat
     assert "the loss is no longer finite in epoch 1 (step size 1e+30)" in run.output()
     assert "Traceback" not in run.output()
     assert not (tmp_path / "base_deep_learning_system" / "experiment_indices.npy").exists()
+
+
+@pytest.mark.parametrize("augment_test_data", [False, True])
+def test_each_epoch_gets_the_right_images_classes_and_step_size(tmp_path, monkeypatch, augment_test_data):
+    """What a run hands to training and evaluation: the split of each class, the classes seen so far in this run's order."""
+    import incremental_cifar_experiment as script_module
+
+    trained, evaluated = [], []
+    train, evaluate = script_module.train_one_epoch, script_module.evaluate
+
+    def record_training(train_batch, image_set, classes, *arguments, **keywords):
+        trained.append((image_set, classes.tolist(), arguments[2], keywords.get("first_step", arguments[-1]), train_batch.args[1]))
+        trained[-1] += (trained[-1][4].param_groups[0]["lr"].item(),)
+        return train(train_batch, image_set, classes, *arguments, **keywords)
+
+    def record_evaluation(network, image_set, classes, precision, generator):
+        evaluated.append((image_set, classes.tolist(), generator is not None))
+        return evaluate(network, image_set, classes, precision, generator)
+
+    monkeypatch.setattr(script_module, "train_one_epoch", record_training)
+    monkeypatch.setattr(script_module, "evaluate", record_evaluation)
+    settings = TINY | {"num_tasks": 2, "augment_test_data": augment_test_data}
+    script_module.IncrementalCIFARExperiment(settings, str(tmp_path / "run"), 3, verbose=False).run()
+
+    order = draw_class_order(experiment_seed(3)).tolist()
+    images, test_images = draw_synthetic_images(25, 5)
+    assert [classes for _, classes, *_ in trained] == [order[:2]] * 4 + [order[:4]] * 4
+    assert [epoch for _, _, epoch, *_ in trained] == list(range(8))
+    assert [first_step for *_, first_step, _, _ in trained] == [0, 4, 8, 12, 16, 24, 32, 40]
+    assert [stepsize for *_, stepsize in trained] == pytest.approx([0.1, 0.1, 0.02, 0.004] * 2)
+    assert all(np.array_equal(image_set.pixels.numpy(), images[:, 5:].reshape(-1, 3)) for image_set, *_ in trained)
+    assert [classes for _, classes, _ in evaluated] == [order[:2]] * 8 + [order[:4]] * 8
+    for number, (image_set, _, transformed) in enumerate(evaluated):
+        is_test = number % 2 == 0
+        expected = test_images if is_test else images[:, :5]
+        assert np.array_equal(image_set.pixels.numpy(), expected.reshape(-1, 3))
+        assert transformed == (is_test and augment_test_data)
 
 
 def test_early_stopping_goes_back_to_the_first_best_epoch(tmp_path, monkeypatch):

@@ -37,10 +37,10 @@ def test_every_metric_has_its_row():
 
 def test_commands_of_the_experiment_are_valid():
     commands = [line for line in (REPOSITORY / "README.md").read_text().splitlines() if "incremental_cifar_experiment.py --config" in line]
-    assert commands
+    assert commands != []
     for command in commands:
         words = shlex.split(command)
         config, index, _ = incremental_cifar_experiment.parse_arguments(words[2:])
         assert index == 0 and config.num_tasks == 20
-    for overrides in re.findall(r"`--set ((?:\w+=\S+ ?)+)", (REPOSITORY / "README.md").read_text()):
+    for overrides in re.findall(r"`--set ((?:[a-z_]+=[^\s`]+ ?)+)", (REPOSITORY / "README.md").read_text()):
         assert {word.partition("=")[0] for word in overrides.split()} <= set(FIELDS)
