@@ -9,6 +9,7 @@ results/<experiment_name>/ is described in `incremental_cifar/run_files.py` and 
 Source: Dohare et al., "Loss of plasticity in deep continual learning", Nature 632 (2024), Methods, "Class-incremental CIFAR-100".
 """
 
+import contextlib
 import copy
 import functools
 import os
@@ -16,7 +17,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from incremental_cifar.cifar100 import ImageSet, load_images
 from incremental_cifar.command_line import OneLineArgumentParser, StopRequest, run_script, stop_requests, warn
-from incremental_cifar.config import Config, UserError, differing_keys, load_config, make_config
+from incremental_cifar.config import FREE_KEYS, Config, UserError, differing_keys, load_config, make_config
 from incremental_cifar.continual_backprop import ContinualBackprop
 from incremental_cifar.learning_curves import STEPS_PER_WINDOW, LearningCurves
 from incremental_cifar.resnet import ResNet18, build_network, initialise
@@ -81,12 +82,7 @@ class IncrementalCIFARExperiment(Experiment):
         self.class_order = draw_class_order(self.random_seed)  # (100,)
         self.files = RunFiles(folder, run_index)
         self.device = choose_device(config.device)
-        stored = self.files.load_config()
-        if stored is not None and (keys := differing_keys(stored, config)):
-            differences = ", ".join(f"{key} ({getattr(stored, key)} there, {getattr(config, key)} here)" for key in keys)
-            raise UserError(
-                f"{self.files.config_file}: this run was started with other settings: {differences}; use those, or another experiment_name"
-            )
+        self.check_stored_config()
         self.is_finished = run_index in self.files.finished_indices()
 
     def run(self) -> None:
@@ -100,8 +96,9 @@ class IncrementalCIFARExperiment(Experiment):
             return
         config = self.config
         set_arithmetic(config.precision, config.deterministic)
-        with stop_requests() as stop:
-            self.load_data()
+        self.load_data()
+        with self.files.locked(), stop_requests() as stop, out_of_memory_is_a_user_error():
+            self.check_stored_config()  # again: another process may have started the run since
             self.build_learner()
             first_epoch = self.start_or_resume()
             self.progress = self.make_progress_bar(first_epoch)
@@ -133,6 +130,15 @@ class IncrementalCIFARExperiment(Experiment):
         self.files.mark_finished()
         self.is_finished = True
         print(f"Index {self.run_index} is finished; its results are in {self.results_dir}")
+
+    def check_stored_config(self) -> None:
+        """Raise UserError if the stored run was started with settings that can give other results."""
+        stored = self.files.load_config()
+        if stored is not None and (keys := differing_keys(stored, self.config)):
+            differences = ", ".join(f"{key} ({getattr(stored, key)} there, {getattr(self.config, key)} here)" for key in keys)
+            raise UserError(
+                f"{self.files.config_file}: this run was started with other settings: {differences}; use those, or another experiment_name"
+            )
 
     # --- Before the first epoch --------------------------------------------------------------------------------------------------
 
@@ -180,6 +186,10 @@ class IncrementalCIFARExperiment(Experiment):
         checkpoint = self.files.load_checkpoint()
         if checkpoint is not None:
             self.load_checkpoint(checkpoint)
+            if checkpoint["settings"] != self.settings():
+                raise UserError(
+                    f"{self.files.checkpoint_folder}: the newest checkpoint of index {self.run_index} is of a run with other settings"
+                )
             before = checkpoint["environment"]
             changed = [f"{key} {before[key]} -> {environment[key]}" for key in EXACTNESS_KEYS if before[key] != environment[key]]
             if changed:
@@ -266,6 +276,7 @@ class IncrementalCIFARExperiment(Experiment):
         """Store all that a run needs to go on after `epoch` epochs as if nothing had happened, and the curves so far."""
         state = {
             "epoch": epoch,
+            "settings": self.settings(),
             "network": self.network.state_dict(),
             "momentum": momentum_buffers(self.optimizer),
             "best_network": self.best_network.state_dict(),
@@ -286,6 +297,10 @@ class IncrementalCIFARExperiment(Experiment):
         self.curves.load_state_dict(state["curves"])
         if self.continual_backprop is not None:
             self.continual_backprop.load_state_dict(state["continual_backprop"])
+
+    def settings(self) -> dict[str, Any]:
+        """What decides this run's results: its index and all settings that can change them."""
+        return {"index": self.run_index, **{key: value for key, value in self.config.to_dict().items() if key not in FREE_KEYS}}
 
     def store_curves(self, num_epochs: int) -> None:
         """Write the metrics of the first so many epochs."""
@@ -313,7 +328,7 @@ class IncrementalCIFARExperiment(Experiment):
         return tqdm(
             total=work_before(config.num_epochs),
             initial=work_before(first_epoch),
-            bar_format="{desc}: {percentage:5.1f}% |{bar}| {elapsed}, {remaining} left{postfix}",
+            bar_format="{desc}{percentage:5.1f}% |{bar}| {elapsed}, {remaining} left{postfix}",
             smoothing=0.05,
             disable=self.verbose,
             dynamic_ncols=True,
@@ -355,6 +370,16 @@ class BestNetwork:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.accuracy, self.parameters = state["accuracy"], state["parameters"]
+
+
+@contextlib.contextmanager
+def out_of_memory_is_a_user_error() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory is full ({str(error).splitlines()[0]}); end what else runs there, or use another device or precision=bf16"
+        ) from None
 
 
 # Of an environment's description, what decides whether a resumed run can equal an uninterrupted one to the bit.

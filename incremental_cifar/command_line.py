@@ -48,18 +48,18 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """130 after Ctrl-C, 143 after SIGTERM, as shells report it."""
+        """130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1, as shells report it."""
         return 128 + self.signal_number
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Inside this context, the first SIGINT or SIGTERM is noted instead of ending the process; the second ends it at once."""
+    """Inside this context, the first SIGINT, SIGTERM or SIGUSR1 (Slurm's warning) is noted; the second ends the process."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request  # only the main thread may handle signals
         return
-    handled = (signal.SIGINT, signal.SIGTERM)
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def note(signal_number: int, frame: object) -> None:
         request.signal_number = signal_number

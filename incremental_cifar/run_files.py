@@ -8,15 +8,15 @@ An experiment's folder, results_dir/experiment_name/, holds for each index K:
     config_files/index-K.json                 the complete config, and under "_environment" versions and device
     <metric>/index-K.npy                      one folder per metric, see learning_curves.METRICS
     model_parameters/index-K_epoch-E.pt       state dicts: the initial network (E = 0) and the network at the end of each task
-    experiment_checkpoints/index-K_epoch-E.pt what a run resumes from; only the newest
+    experiment_checkpoints/index-K_epoch-E.pt what a run resumes from; the newest two
     experiment_indices.npy                    the finished indices, sorted; a run's index is added after everything else
 
 Every file is complete or absent: it is written beside its place, flushed to disk, and moved over it. Files are read without executing
-anything in them (no pickles).
+anything in them (no pickles). A checkpoint holds a checksum of its content; a damaged one is passed over for the one before it.
 """
 
 import contextlib
-import fcntl
+import hashlib
 import io
 import json
 import os
@@ -28,7 +28,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from incremental_cifar.command_line import warn
 from incremental_cifar.config import Config, UserError, make_config
+from incremental_cifar.safe_files import lock, write_file
+
+CHECKPOINTS_KEPT = 2
 
 
 class RunFiles:
@@ -82,26 +86,30 @@ class RunFiles:
         write_file(self.model_file(epoch), state_bytes(state))
 
     def save_checkpoint(self, epoch: int, state: dict[str, Any]) -> None:
-        """Write the checkpoint after `epoch` epochs, then remove the older ones of this run."""
-        older = [file for _, file in self.checkpoints()]
+        """Write the checkpoint after `epoch` epochs with its checksum, read it back, then remove all but the newest two of this run."""
         path = self.checkpoint_file(epoch)
-        write_file(path, state_bytes(state))
-        for file in older:
-            if file != path:
-                file.unlink(missing_ok=True)
+        write_file(path, state_bytes({**state, "sha256": state_digest(state)}))
+        try:
+            read_checkpoint(path)
+        except DamagedFile as error:
+            raise UserError(f"{path}: what was written cannot be read back ({error}); check the disk") from None
+        for _, older in self.checkpoints()[:-CHECKPOINTS_KEPT]:
+            older.unlink(missing_ok=True)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The newest checkpoint, its tensors on the CPU; None if there is none. Raises UserError if it cannot be read."""
+        """The newest checkpoint that is whole, its tensors on the CPU; None if there is no checkpoint.
+
+        A damaged one is reported and the one before it taken. Raises UserError if there are checkpoints but none is whole.
+        """
         checkpoints = self.checkpoints()
-        if not checkpoints:
-            return None
-        path = checkpoints[-1][1]
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises many kinds, depending on where a file is damaged
-            raise UserError(
-                f"{path}: cannot read this checkpoint ({type(error).__name__}); delete it to start the run again from its beginning"
-            ) from None
+        for _, path in reversed(checkpoints):
+            try:
+                return read_checkpoint(path)
+            except DamagedFile as error:
+                warn(f"{path}: this checkpoint is damaged ({error}); looking for the one before it")
+        if checkpoints:
+            raise UserError(f"{self.checkpoint_folder}: no checkpoint of index {self.index} is whole; delete them to start the run again")
+        return None
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Epoch and path of this run's checkpoints, oldest first."""
@@ -109,6 +117,17 @@ class RunFiles:
         names = os.listdir(self.checkpoint_folder) if self.checkpoint_folder.is_dir() else []
         matches = [match for match in map(pattern.fullmatch, names) if match]
         return sorted((int(match[1]), self.checkpoint_folder / match[0]) for match in matches)
+
+    # --- one run, one process ---
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold this run's lock; raise UserError, naming the holder, if another process does."""
+        path = self.folder / f".index-{self.index}.lock"
+        with lock(path) as holder:
+            if holder is not None:
+                raise UserError(f"{path}: another process is working on index {self.index} of this experiment: {holder}")
+            yield
 
     # --- finished runs ---
 
@@ -125,7 +144,7 @@ class RunFiles:
 
     def mark_finished(self) -> None:
         """Add this index to the finished ones; several runs of one experiment may do so at once."""
-        with _locked(self.folder / ".experiment_indices.lock"):
+        with lock(self.folder / ".experiment_indices.lock", wait=True):
             indices = np.array(sorted({*self.finished_indices(), self.index}), dtype=np.int64)
             write_file(self.indices_file, array_bytes(indices))
 
@@ -144,31 +163,40 @@ def state_bytes(state: dict[str, Any]) -> memoryview:
     return buffer.getbuffer()
 
 
-def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a file so that at every moment the old one, or the new one, is there whole. Raises UserError if it cannot be written."""
-    partial = path.with_name(f".{path.name}.partial")
+class DamagedFile(Exception):
+    """A file is not what it was when it was written."""
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's state, its tensors on the CPU. Raises DamagedFile if it cannot be read or its checksum does not hold."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot write this file ({error.strerror or error})") from None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds, depending on where a file is damaged
+        raise DamagedFile(f"cannot be read: {type(error).__name__}") from None
+    if not isinstance(state, dict) or state.pop("sha256", None) != state_digest(state):
+        raise DamagedFile("its checksum does not hold")
+    return state
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file that exists for this alone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def state_digest(state: Any) -> str:
+    """SHA-256 over all values of nested dicts, lists, tensors, numbers and strings, with their types, shapes and names."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            digest.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
+            digest.update(value.detach().cpu().contiguous().numpy())
+        elif isinstance(value, dict):
+            digest.update(f"dict {len(value)};".encode())
+            for key, item in value.items():
+                add(key)
+                add(item)
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"list {len(value)};".encode())
+            for item in value:
+                add(item)
+        else:
+            digest.update(f"{type(value).__name__} {value!r};".encode())
+
+    add(state)
+    return digest.hexdigest()

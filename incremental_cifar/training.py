@@ -31,7 +31,7 @@ STEPSIZE_SCHEDULE = ((3, 0.2), (6, 0.2), (8, 0.2))
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of this name: "auto", "cpu", "cuda" or "cuda:N". Raises UserError for another name, or if there is no such GPU."""
+    """The device of this name: "auto", "cpu", "cuda" or "cuda:N". Raises UserError if that cannot be used."""
     if not is_device_name(name):
         raise UserError(f'device: got "{name}"; it must be {DEVICE_NAMES}')
     if name == "auto":
@@ -43,6 +43,13 @@ def choose_device(name: str) -> torch.device:
         raise UserError(
             f'device: "{name}" is not here, PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA GPUs; use device=cpu or '
             "device=auto"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    oldest = min((int(arch.removeprefix("sm_").rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")), default=0)
+    if capability[0] * 10 + capability[1] < oldest:
+        raise UserError(
+            f"device: {torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, and PyTorch "
+            f"{torch.__version__} needs {oldest // 10}.{oldest % 10}; use device=cpu or an older PyTorch"
         )
     return device
 

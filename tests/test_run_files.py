@@ -9,7 +9,8 @@ import torch
 
 from incremental_cifar.config import UserError
 from incremental_cifar.resnet import build_network
-from incremental_cifar.run_files import RunFiles, write_file
+from incremental_cifar.run_files import RunFiles, state_bytes, state_digest
+from incremental_cifar.safe_files import write_file
 
 
 def test_finished_indices_are_sorted_and_without_repeats(tmp_path):
@@ -58,15 +59,15 @@ def test_a_file_takes_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
     assert seen == [(b"content", False)] and path.read_bytes() == b"content"
 
 
-def test_only_the_newest_checkpoint_is_kept_and_only_of_this_index(tmp_path):
+def test_the_newest_two_checkpoints_are_kept_and_only_of_this_index(tmp_path):
     files, other = RunFiles(tmp_path, 1), RunFiles(tmp_path, 11)
     assert files.load_checkpoint() is None
     other.save_checkpoint(7, {"epoch": 7})
-    for epoch in (5, 10):
+    for epoch in (5, 10, 15):
         files.save_checkpoint(epoch, {"epoch": epoch, "tensors": [torch.arange(3)]})
-    assert sorted(os.listdir(files.checkpoint_folder)) == ["index-11_epoch-7.pt", "index-1_epoch-10.pt"]
+    assert sorted(os.listdir(files.checkpoint_folder)) == ["index-11_epoch-7.pt", "index-1_epoch-10.pt", "index-1_epoch-15.pt"]
     checkpoint = files.load_checkpoint()
-    assert checkpoint["epoch"] == 10 and checkpoint["tensors"][0].tolist() == [0, 1, 2]
+    assert checkpoint["epoch"] == 15 and checkpoint["tensors"][0].tolist() == [0, 1, 2]
 
 
 class Dangerous:
@@ -74,12 +75,48 @@ class Dangerous:
         return os.abort, ()
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps(Dangerous(), protocol=2)], ids=["empty", "text", "pickle"])
-def test_a_checkpoint_that_cannot_be_read_is_one_line_and_executes_nothing(tmp_path, content):
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not a checkpoint", pickle.dumps(Dangerous(), protocol=2), "no checksum"],
+    ids=["empty", "text", "pickle", "no checksum"],
+)
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(tmp_path, content, capsys):
     files = RunFiles(tmp_path, 0)
-    write_file(files.checkpoint_file(3), content)
-    with pytest.raises(UserError, match=r"index-0_epoch-3\.pt: cannot read this checkpoint"):
+    files.save_checkpoint(2, {"epoch": 2})
+    write_file(files.checkpoint_file(3), content if isinstance(content, bytes) else state_bytes({"epoch": 3}))
+    assert files.load_checkpoint() == {"epoch": 2}
+    assert "index-0_epoch-3.pt: this checkpoint is damaged" in capsys.readouterr().err
+    files.checkpoint_file(2).unlink()
+    with pytest.raises(UserError, match="no checkpoint of index 0 is whole; delete them to start the run again"):
         files.load_checkpoint()
+
+
+def test_the_older_checkpoint_stays_if_the_new_one_cannot_be_read_back(tmp_path, monkeypatch):
+    files = RunFiles(tmp_path, 0)
+    for epoch in (1, 2):
+        files.save_checkpoint(epoch, {"epoch": epoch})
+    monkeypatch.setattr("incremental_cifar.run_files.write_file", lambda path, content: write_file(path, bytes(content)[:-7]))
+    with pytest.raises(UserError, match="cannot be read back"):
+        files.save_checkpoint(3, {"epoch": 3})
+    assert files.checkpoint_file(1).exists() and files.checkpoint_file(2).exists()
+    assert files.load_checkpoint() == {"epoch": 2}
+
+
+def test_digests_see_every_value_type_shape_and_name():
+    state = {"a": torch.zeros(2, 3), "b": [1, 2.0, "x", None], "c": {"d": torch.tensor(1)}}
+    variants = [
+        {**state, "a": torch.zeros(3, 2)},
+        {**state, "a": torch.zeros(2, 3, dtype=torch.int32)},
+        {**state, "a": -torch.zeros(2, 3)},
+        {**state, "b": [1, 2.0, "x"]},
+        {**state, "b": [1.0, 2.0, "x", None]},
+        {**state, "c": {"e": torch.tensor(1)}},
+        {**state, "c": {"d": torch.tensor(2)}},
+    ]
+    digests = {state_digest(variant) for variant in [state, *variants]}
+    assert len(digests) == 1 + len(variants)
+    strided = {**state, "a": torch.zeros(3, 2).T}
+    assert state_digest(strided) == state_digest(state)
 
 
 def test_lists_of_finished_runs_are_read_without_pickle(tmp_path):
