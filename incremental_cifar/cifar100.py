@@ -8,6 +8,7 @@
 Letters in the shapes: n images, k images per class, h and w positions.
 """
 
+import contextlib
 import urllib.error
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,9 +47,13 @@ def _read_cifar100(data_path: Path, is_train: bool) -> np.ndarray:
     from torchvision.datasets import CIFAR100
 
     folder = data_path / CIFAR100.base_folder
+    was_there = data_path.is_dir()
     try:
         dataset = CIFAR100(root=str(data_path), train=is_train, download=True)
     except (OSError, urllib.error.URLError, RuntimeError) as error:
+        if not was_there:
+            with contextlib.suppress(OSError):
+                data_path.rmdir()  # torchvision made it; gone unless something was put there
         raise UserError(
             f"{folder}: CIFAR-100 is not there, or not whole, and could not be downloaded ({error}); put the files train, test and meta "
             f"of {CIFAR100.filename} into this folder, or set data_path to where they are"

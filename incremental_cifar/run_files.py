@@ -139,7 +139,7 @@ class RunFiles:
             indices = np.load(self.indices_file, allow_pickle=False)
             # As released: one finished run gives an array without a dimension, and a repeated run an index that appears twice.
             return sorted({int(index) for index in np.atleast_1d(indices)})
-        except (OSError, ValueError, TypeError, EOFError) as error:
+        except Exception as error:  # np.load raises many kinds, depending on where a file is damaged
             raise UserError(f"{self.indices_file}: cannot read the list of finished runs ({error})") from None
 
     def mark_finished(self) -> None:

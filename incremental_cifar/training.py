@@ -21,7 +21,7 @@ from incremental_cifar.continual_backprop import ContinualBackprop
 from incremental_cifar.resnet import ResNet18
 from incremental_cifar.seeds import Purpose, derive_seed, generator_for
 
-EVALUATION_BATCH_SIZE = 500  # images per forward pass without gradients
+EVALUATION_BATCH_SIZE = {"cpu": 100, "cuda": 1000}  # images per forward pass without gradients: what fits a cache, what fills a GPU
 
 # (share of a task's epochs in tenths, factor of the step size from there on)
 STEPSIZE_SCHEDULE = ((3, 0.2), (6, 0.2), (8, 0.2))
@@ -232,8 +232,9 @@ def evaluate(
     total_loss = torch.zeros((), device=device)
     num_correct = torch.zeros((), device=device)
     network.eval()
-    for start in range(0, len(indices), EVALUATION_BATCH_SIZE):
-        stop = min(start + EVALUATION_BATCH_SIZE, len(indices))
+    batch_size = EVALUATION_BATCH_SIZE[device.type]
+    for start in range(0, len(indices), batch_size):
+        stop = min(start + batch_size, len(indices))
         if augmentation_generator is None:
             images, labels = image_set.get(indices[start:stop])
         else:

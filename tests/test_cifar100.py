@@ -80,7 +80,8 @@ def test_labels_follow_the_images(small_cifar100):
 def test_without_files_and_network_one_line_says_what_goes_where(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", no_network)
     with pytest.raises(UserError, match=r"cifar-100-python: .*train, test and meta .*this folder"):
-        load_images("cifar100", str(tmp_path))
+        load_images("cifar100", str(tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
 
 
 class Dangerous:

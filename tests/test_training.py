@@ -13,6 +13,7 @@ from incremental_cifar.continual_backprop import ContinualBackprop
 from incremental_cifar.resnet import build_network
 from incremental_cifar.seeds import Purpose, generator_for
 from incremental_cifar.training import (
+    EVALUATION_BATCH_SIZE,
     WeightNoise,
     choose_device,
     evaluate,
@@ -183,7 +184,7 @@ def test_an_epoch_trains_on_every_image_once_in_its_own_order(image_set):
 
 
 def test_evaluation_is_the_mean_over_images_of_the_network_in_eval_mode(network, image_set, monkeypatch):
-    monkeypatch.setattr("incremental_cifar.training.EVALUATION_BATCH_SIZE", 16)
+    monkeypatch.setitem(EVALUATION_BATCH_SIZE, "cpu", 16)
     classes = CLASS_ORDER[:10]
     before = copy.deepcopy(network.state_dict())
     loss, accuracy = evaluate(network, image_set, classes)

@@ -1,0 +1,1 @@
+"""From stored metrics to figures and tables; needs NumPy and Matplotlib only."""

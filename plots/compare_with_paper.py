@@ -1,0 +1,366 @@
+"""Do your runs reproduce the paper? A table and a figure of the differences from its curves, point by point.
+
+    python plots/compare_with_paper.py --results_dir results/
+
+For every metric, algorithm and number of classes: ours (mean, standard error, number of runs), the paper's, and the difference. Ours agrees
+if the difference is at most
+
+    2 sqrt(our standard error^2 + the paper's standard error^2) + reading error of the paper's mean.
+
+Where the paper's figure hides its standard error, it counts as 0 and the point is marked: there the test is too strict. With one run there
+is no standard error, and nothing is claimed. Of points that come from the same distributions, about one in twenty disagrees by chance, more
+if there are few runs. Runs that share their indices with the paper's (0 to 14) share its class orders, so that they agree more often.
+
+Prints the table, writes comparison_with_paper.md, .png and .svg beside this script or to `--output-dir`. The exit status is 0, with
+`--strict` 1 if a point disagrees or none could be compared.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))  # the parts are found wherever this script is called from
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from incremental_cifar.command_line import OneLineArgumentParser, run_script
+from incremental_cifar.safe_files import write_file
+from plots.drawing import FULL_WIDTH, GREY, SINGLE_COLUMN, STYLE, add_axes, add_notes, new_figure, number_of_classes_axis, strokes, wrapped
+from plots.output_files import write_figure
+from plots.published_curves import PublishedCurve, read_published_curves
+from plots.run_results import (
+    ALGORITHM_LABELS,
+    METRICS,
+    RETRAINED,
+    MetricCurves,
+    Run,
+    add_results_argument,
+    algorithm_label,
+    flattened,
+    indices_text,
+    make_curves,
+    mean_and_standard_error,
+    read_runs,
+    size_differences,
+)
+
+# The paper's metrics, by their names in published_curves.csv, and ours.
+COMPARED = {metric.published: name for name, metric in METRICS.items() if metric.published}
+
+AGREES, DIFFERS, TOO_FEW = "agrees", "differs", "too few"
+
+
+class Point(NamedTuple):
+    """One mean of ours beside the paper's; in percent, relative accuracies in percentage points."""
+
+    metric: str  # as in published_curves.csv
+    algorithm: str
+    number_of_classes: int
+    ours: float
+    standard_error: float  # NaN with one run
+    num_runs: int
+    paper: float
+    paper_standard_error: float  # NaN where the paper's figure hides it
+    reading_error: float
+
+    @property
+    def difference(self) -> float:
+        return self.ours - self.paper
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether the paper's standard error is unknown, and taken as 0."""
+        return bool(np.isnan(self.paper_standard_error))
+
+    @property
+    def tolerance(self) -> float:
+        """The largest difference that counts as agreement; NaN with one run."""
+        paper_standard_error = 0.0 if self.is_hidden else self.paper_standard_error
+        return 2 * float(np.hypot(self.standard_error, paper_standard_error)) + self.reading_error
+
+    @property
+    def verdict(self) -> str:
+        if np.isnan(self.standard_error):
+            return TOO_FEW
+        return AGREES if abs(self.difference) <= self.tolerance else DIFFERS
+
+    @property
+    def excess(self) -> float:
+        """The difference in tolerances: above 1 it disagrees."""
+        return abs(self.difference) / self.tolerance
+
+
+# --- Comparing -----------------------------------------------------------------------------------------------------------------------
+
+
+def compare(results_dir: Path, published: dict[tuple[str, str], PublishedCurve]) -> tuple[list[Point], list[str]]:
+    """All points that both we and the paper have, in the paper's order, and remarks on runs that are left out, missing or in progress.
+
+    Raises UserError for files that cannot be used.
+    """
+    points, remarks = [], []
+    for published_name, name in COMPARED.items():
+        metric = METRICS[name]
+        algorithms = [algorithm for algorithm in ALGORITHM_LABELS if (published_name, algorithm) in published]
+        runs, left_out = only_the_papers(read_runs(results_dir, metric, algorithms))
+        shown = make_curves(runs, metric)
+        remarks += [*left_out, *(f"{published_name}: {remark}" for remark in shown.remarks)]
+        of_algorithm = {curve.algorithm: curve for curve in shown.curves}
+        needed = [*algorithms, RETRAINED] if metric.is_relative else algorithms
+        if missing := [algorithm for algorithm in needed if algorithm not in runs]:
+            remarks.append(f"{published_name}: nothing to compare of {', '.join(missing)}")
+        for algorithm in of_algorithm:
+            points += matching_points(published_name, shown, algorithm, published[published_name, algorithm])
+    return points, list(dict.fromkeys(remarks))
+
+
+def only_the_papers(runs: dict[str, list[Run]]) -> tuple[dict[str, list[Run]], list[str]]:
+    """The runs of the paper's problem, and a remark for each group of others: they are another experiment."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for run in flattened(runs):
+        if differences := size_differences(run.sizes):
+            groups.setdefault((run.algorithm, differences), []).append(run.index)
+    kept = {algorithm: [run for run in found if not size_differences(run.sizes)] for algorithm, found in runs.items()}
+    remarks = [
+        f"{algorithm}: {indices_text(indices)} left out, another experiment than the paper's ({differences})"
+        for (algorithm, differences), indices in groups.items()
+    ]
+    return {algorithm: found for algorithm, found in kept.items() if found}, remarks
+
+
+def matching_points(published_name: str, shown: MetricCurves, algorithm: str, paper: PublishedCurve) -> list[Point]:
+    """The points of an algorithm at numbers of classes where we have a run and the paper a value."""
+    curve = next(curve for curve in shown.curves if curve.algorithm == algorithm)
+    mean, standard_error, count = mean_and_standard_error(curve.values)
+    ours = {int(position): number for number, position in enumerate(curve.positions) if count[number]}
+    points = []
+    for number_of_classes, paper_mean, paper_standard_error, reading_error in zip(*paper, strict=True):
+        if (number := ours.get(int(number_of_classes))) is not None:
+            our_values = float(mean[number]), float(standard_error[number]), int(count[number])
+            paper_values = float(paper_mean), float(paper_standard_error), float(reading_error)
+            points.append(Point(published_name, algorithm, int(number_of_classes), *our_values, *paper_values))
+    return points
+
+
+def summary(points: Sequence[Point]) -> str:
+    """One line: how many of the compared points agree, and the largest disagreement, counted in tolerances."""
+    compared = [point for point in points if point.verdict != TOO_FEW]
+    if not compared:
+        return "Nothing compared: " + ("one run is too few for a standard error." if points else "no run of the paper's experiment here.")
+    worst = max(compared, key=lambda point: point.excess)
+    differing = [point for point in compared if point.verdict == DIFFERS]
+    at_worst = (
+        f"{worst.metric} of {worst.algorithm} at {worst.number_of_classes} classes, {signed(worst.difference)} where {worst.tolerance:.3f} "
+        f"would agree"
+    )
+    text = f"{len(compared) - len(differing)} of {len(compared)} compared points agree"
+    if not differing:
+        return f"{text}; the largest difference is {at_worst}."
+    num_hidden = sum(point.is_hidden for point in differing)
+    hidden = f" ({num_hidden} of the {len(differing)} others where the paper's standard error is hidden)" if num_hidden else ""
+    return f"{text}{hidden}; the largest disagreement is {at_worst}."
+
+
+# --- The table -----------------------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("metric", "algorithm", "classes", "ours", "SE", "n", "paper", "SE", "difference", "tolerance", "")
+NUM_TEXT_COLUMNS = 2  # on the left; the others are numbers, to the right
+
+
+def signed(value: float) -> str:
+    return f"{value:+.3f}"
+
+
+def table_row(point: Point) -> tuple[str, ...]:
+    """A point as texts, one per column."""
+    one_run = np.isnan(point.standard_error)
+    return (
+        point.metric,
+        point.algorithm,
+        str(point.number_of_classes),
+        f"{point.ours:.3f}",
+        "-" if one_run else f"{point.standard_error:.3f}",
+        str(point.num_runs),
+        f"{point.paper:.3f}",
+        "hidden" if point.is_hidden else f"{point.paper_standard_error:.3f}",
+        signed(point.difference),
+        "-" if one_run else f"{point.tolerance:.3f}",
+        point.verdict,
+    )
+
+
+def overview_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
+    """Per metric and algorithm: how many of the compared points agree, and the largest difference of any."""
+    groups: dict[tuple[str, str], list[Point]] = {}
+    for point in points:
+        groups.setdefault((point.metric, point.algorithm), []).append(point)
+    rows = []
+    for (metric, algorithm), group in groups.items():
+        compared = [point for point in group if point.verdict != TOO_FEW]
+        agreeing = sum(point.verdict == AGREES for point in compared)
+        farthest = max(group, key=lambda point: abs(point.difference))
+        rows.append((metric, algorithm, f"{agreeing} of {len(compared)}", signed(farthest.difference), str(farthest.number_of_classes)))
+    return rows
+
+
+OVERVIEW_COLUMNS = ("metric", "algorithm", "agree", "largest difference", "at classes")
+
+
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned by spaces."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    lines = (
+        "  ".join(
+            cell.ljust(width) if number < NUM_TEXT_COLUMNS else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in (columns, *rows)
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rules = ["---" if number < NUM_TEXT_COLUMNS else "---:" for number in range(len(columns))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, rules, *rows))
+
+
+EXPLANATION = """\
+All numbers are percent; relative accuracies are percentage points, stable ranks percent of 512 units. SE is the standard error of the
+mean over n runs (the paper: 15). Tolerance is 2 sqrt(SE^2 + SE^2) plus the error of reading the paper's mean off its figure; a difference
+of at most that agrees. Where the paper's figure hides its SE, it counts as 0, which makes the test too strict. One run has no SE: too few.
+About one point in twenty disagrees by chance, more with few runs; runs of indices 0 to 14 have the paper's class orders and agree more
+often than others. On the first task the base system, head resetting and the retrained network are one algorithm: deterministic runs of one
+index are equal there, and their relative accuracy at 5 classes is exactly 0, which the paper's, with its hidden SE, need not agree with."""
+
+
+def markdown(points: Sequence[Point], remarks: Sequence[str]) -> str:
+    """The whole comparison as a Markdown file."""
+    parts = ["# Comparison with the paper", summary(points)]
+    if remarks:
+        parts.append("\n".join(f"- {remark}" for remark in remarks))
+    parts += [
+        markdown_table(OVERVIEW_COLUMNS, overview_rows(points)),
+        EXPLANATION,
+        markdown_table(COLUMNS, [table_row(point) for point in points]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+# --- The figure ----------------------------------------------------------------------------------------------------------------------
+
+ROW_LABELS = {
+    "relative_accuracy": "Relative accuracy",
+    "test_accuracy": "Test accuracy",
+    "dormant_units": "Dormant units",
+    "stable_rank": "Stable rank",
+}
+
+
+MARKERS = {
+    AGREES: {"marker": "o", "markersize": 2.4},
+    DIFFERS: {"marker": "x", "markersize": 3.6, "markeredgewidth": 1.0},
+    TOO_FEW: {"marker": "o", "markersize": 2.4, "markerfacecolor": "white", "markeredgewidth": 0.6},
+}
+LEGEND = (
+    "Our mean minus the paper's, in percentage points. Grey: differences that agree (two combined standard errors and the reading error). "
+    "Dots agree, crosses differ, hollow dots are of one run."
+)
+
+
+def draw_differences(points: Sequence[Point], notes: Sequence[str] = ()) -> Figure:
+    """A panel per metric and algorithm: our mean minus the paper's, with the tolerance as a band around 0.
+
+    Filled: agrees. Crosses: differs. Hollow: one run, no verdict. The panels of a row share their y axis.
+    """
+    metrics = [metric for metric in COMPARED if any(point.metric == metric for point in points)]
+    algorithms = [algorithm for algorithm in ALGORITHM_LABELS if any(point.algorithm == algorithm for point in points)]
+    stroke_of = strokes(ALGORITHM_LABELS)
+    left, right, gap, row_height, row_gap = 0.6, 0.12, 0.17, 0.95, 0.16
+    width = min((FULL_WIDTH - left - right - gap * (len(algorithms) - 1)) / len(algorithms), 2.4)
+    full_width = max(left + right + len(algorithms) * (width + gap) - gap, SINGLE_COLUMN)
+    note_lines = wrapped(notes, full_width - 0.2)
+    foot = 0.08 + 0.1 * len(note_lines)
+    full_height = foot + 0.42 + len(metrics) * (row_height + row_gap) + 0.2
+    figure = new_figure(full_width, full_height)
+    for row, metric in enumerate(metrics):
+        of_metric = [point for point in points if point.metric == metric]
+        reach = 1.12 * max(max(abs(point.difference), np.nan_to_num(point.tolerance)) for point in of_metric)
+        for column, algorithm in enumerate(algorithms):
+            panel = [point for point in of_metric if point.algorithm == algorithm]
+            if not panel:
+                continue
+            bottom = full_height - 0.28 - (row + 1) * row_height - row * row_gap
+            axes = add_axes(figure, left + column * (width + gap), bottom, width, row_height)
+            classes = np.array([point.number_of_classes for point in panel])
+            differences = np.array([point.difference for point in panel])
+            tolerances = np.array([point.tolerance for point in panel])
+            colour = stroke_of[algorithm].colour
+            axes.axhline(0, color=GREY, linewidth=0.6, linestyle=(0, (4, 2)), zorder=1.5)
+            axes.fill_between(classes, -tolerances, tolerances, where=np.isfinite(tolerances), color=GREY, alpha=0.15, linewidth=0)
+            axes.plot(classes, differences, color=colour, linewidth=0.5)
+            for verdict, marker in MARKERS.items():
+                chosen = np.array([point.verdict == verdict for point in panel])
+                axes.plot(classes[chosen], differences[chosen], color=colour, linestyle="none", label=f"_{verdict}", **marker)
+            number_of_classes_axis(axes, np.arange(5, 101, 5))
+            axes.set_xticks([5, 50, 100])
+            axes.set_ylim(-reach, reach)
+            axes.locator_params(axis="y", nbins=5)
+            is_lowest = not any(point.metric in metrics[row + 1 :] and point.algorithm == algorithm for point in points)
+            axes.tick_params(labelbottom=is_lowest)
+            if not is_lowest:
+                axes.set_xlabel("")
+            if not any(point.algorithm in algorithms[:column] for point in of_metric):
+                axes.set_ylabel(ROW_LABELS[metric])
+            else:
+                axes.tick_params(labelleft=False)
+            if not any(point.metric in metrics[:row] and point.algorithm == algorithm for point in points):
+                axes.set_title(algorithm_label(algorithm), color=colour, fontsize=6.5)
+    figure.align_ylabels()
+    add_notes(figure, note_lines)
+    return figure
+
+
+# --- The script ----------------------------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments. Raises UserError."""
+    parser = OneLineArgumentParser(description="Compare stored runs with the paper's curves.")
+    add_results_argument(parser)
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path(__file__).resolve().parent,
+        metavar="DIR",
+        help="where to write (default: beside this script)",
+    )
+    parser.add_argument("--strict", action="store_true", help="exit status 1 if a point disagrees or none could be compared")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parsed = parse_arguments(arguments)
+    points, remarks = compare(parsed.results_dir, read_published_curves())
+    for remark in remarks:
+        print("Note: " + remark)
+    if points:
+        print(plain_table(COLUMNS, [table_row(point) for point in points]), end="\n\n")
+        print(plain_table(OVERVIEW_COLUMNS, overview_rows(points)), end="\n\n")
+        with rc_context(STYLE):
+            figure = draw_differences(points, [LEGEND, *(f"{remark}." for remark in remarks)])
+        stem = parsed.output_dir / "comparison_with_paper"
+        write_figure(figure, stem.with_suffix(".png"), stem.with_suffix(".svg"))
+        write_file(stem.with_suffix(".md"), markdown(points, remarks).encode())
+        print(f"Wrote {stem.with_suffix('.md')}")
+    print(summary(points))
+    verdicts = {point.verdict for point in points}
+    return 1 if parsed.strict and (DIFFERS in verdicts or AGREES not in verdicts) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

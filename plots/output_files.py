@@ -1,0 +1,38 @@
+"""Writing figures and tables: each file whole or not at all, and from the same numbers always the same bytes."""
+
+import io
+import os
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from incremental_cifar.config import UserError
+from incremental_cifar.safe_files import write_file
+from plots.drawing import STYLE
+
+# Per format, the entries that would differ from one call to the next.
+METADATA = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+SUFFIXES = ", ".join(METADATA)
+
+
+def check_figure_path(path: Path) -> Path:
+    """Return the path of a figure to be written; raise UserError if its suffix names no format, or a folder is in its place."""
+    if path.suffix not in METADATA:
+        raise UserError(f"--output {path}: the name must end in one of {SUFFIXES}")
+    if os.path.isdir(path):
+        raise UserError(f"--output {path}: this is a folder; expected the name of a file")
+    return path
+
+
+def write_figure(figure: Figure, *paths: Path) -> None:
+    """Draw a figure and write it once per path, in the formats of the suffixes. Raises UserError if one cannot be written."""
+    drawn = {}
+    with rc_context(STYLE):
+        for path in paths:
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=path.suffix[1:], metadata=METADATA[path.suffix], dpi=300)
+            drawn[path] = buffer.getvalue()
+    for path, content in drawn.items():
+        write_file(path, content)
+        print(f"Wrote {path}")

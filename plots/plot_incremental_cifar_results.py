@@ -1,0 +1,177 @@
+"""One figure of one metric: a curve per algorithm, the mean of its runs and +- 1 standard error.
+
+    python plots/plot_incremental_cifar_results.py --metric test_accuracy_per_epoch --published
+
+Reads <results_dir>/<algorithm>/<metric>/index-K.npy and writes plots/<metric>.svg, or `--output`. Per task, the best of its epochs counts
+(losses: the least); `--per-epoch` draws every epoch. `plots/run_results.py` says which task is drawn where.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))  # the parts are found wherever this script is called from
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
+
+from incremental_cifar.command_line import OneLineArgumentParser, run_script
+from incremental_cifar.config import UserError
+from plots.drawing import (
+    SINGLE_COLUMN,
+    STYLE,
+    add_axes,
+    add_notes,
+    band_handle,
+    draw_curve,
+    draw_published,
+    draw_zero_line,
+    epoch_axis,
+    new_figure,
+    number_of_classes_axis,
+    published_handle,
+    strokes,
+    wrapped,
+)
+from plots.output_files import SUFFIXES, check_figure_path, write_figure
+from plots.published_curves import PublishedCurve, read_published_curves
+from plots.run_results import (
+    METRICS,
+    RETRAINED,
+    Metric,
+    MetricCurves,
+    add_results_argument,
+    flattened,
+    make_curves,
+    read_runs,
+    size_differences,
+)
+
+AXES_HEIGHT, LEFT, RIGHT = 1.9, 0.62, 0.18  # inches
+
+
+def draw_metric(
+    metric: Metric,
+    shown: MetricCurves,
+    per_epoch: bool = False,
+    published: dict[str, PublishedCurve] | None = None,
+    notes: Sequence[str] = (),
+) -> Figure:
+    """The figure of one metric at single-column width, with a legend and notes below the axes.
+
+    shown: at least one curve. published: the paper's curves by algorithm; those of algorithms that are shown appear beneath them.
+    notes: lines for the reader of the figure.
+    """
+    stroke_of = strokes(curve.algorithm for curve in shown.curves)
+    beneath = {curve.algorithm: published[curve.algorithm] for curve in shown.curves if published and curve.algorithm in published}
+    has_band = any(len(curve.indices) > 1 for curve in shown.curves)
+    num_entries = len(shown.curves) + metric.is_relative + has_band + bool(beneath)
+    note_lines = wrapped(notes, SINGLE_COLUMN - 0.2)
+
+    legend_top = 0.08 + 0.1 * len(note_lines) + 0.04 + 0.127 * num_entries
+    bottom = legend_top + 0.4
+    height = bottom + AXES_HEIGHT + (0.28 if metric.images else 0.12)
+    figure = new_figure(SINGLE_COLUMN, height)
+    axes = add_axes(figure, LEFT, bottom, SINGLE_COLUMN - LEFT - RIGHT, AXES_HEIGHT)
+
+    handles: list[Artist] = [draw_curve(axes, curve, stroke_of[curve.algorithm], 0.7 if per_epoch else 1.2) for curve in shown.curves]
+    if metric.is_relative:
+        handles.append(draw_zero_line(axes, shown.num_retrained))
+    if has_band:
+        handles.append(band_handle())
+    for algorithm, curve in beneath.items():
+        draw_published(axes, curve, stroke_of[algorithm])
+    if beneath:
+        handles.append(published_handle())
+
+    if per_epoch:
+        epoch_axis(axes, len(shown.axis))
+    else:
+        number_of_classes_axis(axes, np.unique(np.concatenate([shown.axis, *(curve.number_of_classes for curve in beneath.values())])))
+    axes.set_ylabel(metric.axis_label.format(units=shown.num_units))
+    if metric.images:
+        axes.set_title(metric.images, loc="left")
+    figure.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(LEFT / SINGLE_COLUMN, legend_top / height),
+        frameon=False,
+        borderaxespad=0,
+        borderpad=0,
+        labelspacing=0.35,
+        handlelength=2.4,
+    )
+    add_notes(figure, note_lines)
+    return figure
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, checked as far as that needs no results. Raises UserError."""
+    parser = OneLineArgumentParser(description="Draw one metric of stored runs: mean and +- 1 standard error per algorithm.")
+    add_results_argument(parser)
+    parser.add_argument("--metric", required=True, choices=METRICS, help="what to draw")
+    parser.add_argument("--algorithms", metavar="A,B,C", help="folders, in the order of the legend (default: all that have the metric)")
+    parser.add_argument("--output", type=Path, metavar="PATH", help=f"file to write, {SUFFIXES} (default <metric>.svg beside this script)")
+    parser.add_argument("--per-epoch", action="store_true", help="draw every epoch instead of the best of each task")
+    parser.add_argument("--published", action="store_true", help="draw the paper's curves beneath, thin and dashed")
+    parsed = parser.parse_args(arguments)
+    metric = METRICS[parsed.metric]
+    if parsed.per_epoch and not metric.per_epoch:
+        raise UserError(f"--per-epoch: {parsed.metric} has one value per task")
+    if parsed.published and not metric.published:
+        raise UserError(f"--published: the paper shows no {parsed.metric}")
+    if parsed.published and parsed.per_epoch:
+        raise UserError("--published: the paper's curves have one value per task; leave out --per-epoch")
+    if parsed.algorithms is not None:
+        parsed.algorithms = algorithm_names(parsed.algorithms)
+        if metric.is_relative and parsed.algorithms == [RETRAINED]:
+            raise UserError(f"--algorithms: {parsed.metric} compares others with {RETRAINED}; name at least one")
+    parsed.output = check_figure_path(parsed.output or Path(__file__).resolve().parent / f"{parsed.metric}.svg")
+    return parsed
+
+
+def algorithm_names(text: str) -> list[str]:
+    """Names of folders, separated by commas. Raises UserError unless each is one folder's name and none appears twice."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise UserError(f'--algorithms: expected names of folders in --results_dir, separated by commas, got "{text}"')
+        if names.count(name) > 1:
+            raise UserError(f"--algorithms: {name} appears twice")
+    return names
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parsed = parse_arguments(arguments)
+    metric = METRICS[parsed.metric]
+    runs = read_runs(parsed.results_dir, metric, parsed.algorithms)
+    writer = "incremental_cifar_experiment.py" if metric.per_epoch else "post_run_analysis.py"
+    for algorithm in [*(parsed.algorithms or []), *([RETRAINED] if metric.is_relative else [])]:
+        if algorithm not in runs:
+            raise UserError(f"{parsed.results_dir / algorithm / metric.folder}: no run's metric here, and it is needed; {writer} writes it")
+    if not runs:
+        raise UserError(f"{parsed.results_dir}: no algorithm here has {metric.folder}; {writer} writes it")
+    shown = make_curves(runs, metric, parsed.per_epoch)
+    if not shown.curves:
+        raise UserError(f"{parsed.results_dir}: nothing to draw yet of {parsed.metric}: {'; '.join(shown.remarks) or 'only ' + RETRAINED}")
+
+    notes = list(shown.remarks)
+    published = None
+    if parsed.published:
+        published = {algorithm: curve for (name, algorithm), curve in read_published_curves().items() if name == metric.published}
+        if differences := {size_differences(run.sizes) for run in flattened(runs)} - {""}:
+            notes.append("These runs are another experiment than the paper's: " + "; ".join(sorted(differences)))
+    for note in notes:
+        print("Note: " + note)
+    with rc_context(STYLE):
+        figure = draw_metric(metric, shown, parsed.per_epoch, published, notes)
+    write_figure(figure, parsed.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,186 @@
+"""The paper's figure from your runs: accuracy relative to the retrained network, dormant units and stable rank; and test accuracy.
+
+    python plots/plot_paper_figure.py --results_dir results/
+
+Writes paper_figure and test_accuracy_figure, each as .png and .svg, beside this script or to `--output-dir`. Curves are means over runs,
+bands +- 1 standard error, and algorithms have the paper's names and colours, written at the curves. What is not there yet is left out, and
+said so. As in the paper, the retrained network has no curve of dormant units and rank, and algorithms of other names have none at all:
+plot_incremental_cifar_results.py draws those.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))  # the parts are found wherever this script is called from
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from incremental_cifar.command_line import OneLineArgumentParser, run_script
+from incremental_cifar.config import UserError
+from plots.drawing import (
+    FULL_WIDTH,
+    SINGLE_COLUMN,
+    STYLE,
+    add_axes,
+    add_notes,
+    draw_curve,
+    draw_zero_line,
+    label_curves,
+    new_figure,
+    number_of_classes_axis,
+    runs_text,
+    strokes,
+    wrapped,
+)
+from plots.output_files import write_figure
+from plots.run_results import (
+    ALGORITHM_LABELS,
+    METRICS,
+    RETRAINED,
+    MetricCurves,
+    add_results_argument,
+    algorithm_label,
+    make_curves,
+    read_runs,
+)
+
+PANELS = ("relative_accuracy_per_epoch", "next_task_dormant_units_analysis", "next_task_stable_rank_analysis")
+LETTERS = ("a", "b", "c")
+TEST_ACCURACY = "test_accuracy_per_epoch"
+
+# Names as they stand at the curves, in lines short enough for a panel.
+NAMES = {
+    "base_deep_learning_system": "Base deep\nlearning system",
+    "continual_backpropagation": "Continual\nbackpropagation",
+    "head_resetting": "Head resetting",
+    "shrink_and_perturb": "Shrink and perturb",
+    "retrained_network": "Retrained network",
+}
+
+
+def draw_three_panels(panels: dict[str, MetricCurves], notes: Sequence[str] = ()) -> Figure:
+    """Three panels side by side at full page width; a panel without a curve says so. panels: metric to what is there."""
+    left, bottom, width, height, gap = 0.56, 0.42, 1.82, 1.85, 0.53  # inches
+    note_lines = wrapped(notes, FULL_WIDTH - 0.2)
+    foot = 0.1 * len(note_lines) + 0.08 * bool(note_lines)
+    figure = new_figure(FULL_WIDTH, foot + bottom + height + 0.25)
+    for number, (name, letter) in enumerate(zip(PANELS, LETTERS, strict=True)):
+        axes = add_axes(figure, left + number * (width + gap), foot + bottom, width, height)
+        axes.set_title(letter, loc="left", fontweight="bold", fontsize=8, x=-0.25)
+        draw_panel(axes, name, panels[name])
+    add_notes(figure, note_lines)
+    return figure
+
+
+def draw_test_accuracy(shown: MetricCurves, notes: Sequence[str] = ()) -> Figure:
+    """Test accuracy of all algorithms at single-column width."""
+    note_lines = wrapped(notes, SINGLE_COLUMN - 0.2)
+    foot = 0.1 * len(note_lines) + 0.08 * bool(note_lines)
+    figure = new_figure(SINGLE_COLUMN, foot + 2.75)
+    draw_panel(add_axes(figure, 0.5, foot + 0.42, SINGLE_COLUMN - 0.62, 2.2), TEST_ACCURACY, shown)
+    add_notes(figure, note_lines)
+    return figure
+
+
+def draw_panel(axes: Axes, name: str, shown: MetricCurves) -> None:
+    """Draw one metric, with the algorithms' names at their curves, or with a legend where there is no room for them."""
+    metric = METRICS[name]
+    axes.set_ylabel(metric.axis_label.format(units=shown.num_units))
+    if not shown.curves:
+        axes.set_xlabel("Number of classes")
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "No runs yet", transform=axes.transAxes, ha="center", va="center", color="#7f7f7f")
+        return
+    stroke_of = strokes(ALGORITHM_LABELS)
+    lines = {NAMES[curve.algorithm]: draw_curve(axes, curve, stroke_of[curve.algorithm]) for curve in shown.curves}
+    if metric.is_relative:
+        lines[NAMES[RETRAINED]] = draw_zero_line(axes, shown.num_retrained)
+    number_of_classes_axis(axes, shown.axis)
+    axes.margins(y=0.1)
+    axes.autoscale_view(scalex=False)
+    axes.set_ylim(axes.get_ylim())  # names must not move the limits
+    if label_curves(axes, lines) is None:
+        axes.legend(handles=list(lines.values()), labels=[name.replace("\n", " ") for name in lines], frameon=False, fontsize=5.5)
+
+
+def read_figure(results_dir: Path, name: str, algorithms: Sequence[str]) -> tuple[MetricCurves, list[str]]:
+    """What is there of one metric of these algorithms, and what is not: one line per gap. Raises UserError for files that are bad."""
+    metric = METRICS[name]
+    runs = read_runs(results_dir, metric, algorithms)
+    shown = make_curves(runs, metric)
+    missing = [algorithm for algorithm in algorithms if algorithm not in runs]
+    gaps = [f"{name}: no runs of {', '.join(missing)}"] if missing else []
+    return shown, gaps
+
+
+def panel_remarks(panels: dict[str, MetricCurves]) -> list[str]:
+    """What is drawn in part or not at all, each once, with the letters of its panels."""
+    letters: dict[str, list[str]] = {}
+    for name, letter in zip(PANELS, LETTERS, strict=True):
+        for remark in panels[name].remarks:
+            letters.setdefault(remark, []).append(letter)
+    return [f"Panel {', '.join(where)}: {remark}." for remark, where in letters.items()]
+
+
+def count_note(*figures: MetricCurves) -> str:
+    """How many runs the curves are means of, as a line below a figure."""
+    counts: dict[str, set[int]] = {}
+    for shown in figures:
+        for curve in shown.curves:
+            counts.setdefault(algorithm_label(curve.algorithm), set()).add(len(curve.indices))
+    distinct = set.union(*counts.values())
+    if len(distinct) == 1:
+        (number,) = distinct
+        return "One run each." if number == 1 else f"Means of {runs_text(number)} each; shaded: ± 1 standard error."
+    texts = [f"{label} {' or '.join(map(str, sorted(numbers)))}" for label, numbers in counts.items()]
+    return f"Means; shaded: ± 1 standard error. Runs: {', '.join(texts)}."
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments. Raises UserError."""
+    parser = OneLineArgumentParser(description="Draw the paper's figure, and test accuracies, from stored runs.")
+    add_results_argument(parser)
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path(__file__).resolve().parent,
+        metavar="DIR",
+        help="where to write (default: beside this script)",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parsed = parse_arguments(arguments)
+    panels, gaps = {}, []
+    for name in (*PANELS, TEST_ACCURACY):
+        with_retrained = METRICS[name].per_epoch
+        algorithms = [algorithm for algorithm in ALGORITHM_LABELS if with_retrained or algorithm != RETRAINED]
+        panels[name], gaps_here = read_figure(parsed.results_dir, name, algorithms)
+        gaps += gaps_here
+    accuracy = panels.pop(TEST_ACCURACY)
+    has_panels = any(shown.curves for shown in panels.values())
+    if not has_panels and not accuracy.curves:
+        raise UserError(f"{parsed.results_dir}: nothing here that the paper's figure shows; it looks for {', '.join(ALGORITHM_LABELS)}")
+
+    notes = panel_remarks(panels), [f"{remark}." for remark in accuracy.remarks]
+    for note in [*gaps, *notes[0], *(f"{TEST_ACCURACY}: {note}" for note in notes[1])]:
+        print("Note: " + note)
+    figures = {}
+    with rc_context(STYLE):
+        if has_panels:
+            figures["paper_figure"] = draw_three_panels(panels, [count_note(*panels.values()), *notes[0]])
+        if accuracy.curves:
+            figures["test_accuracy_figure"] = draw_test_accuracy(accuracy, [count_note(accuracy), *notes[1]])
+    for stem, figure in figures.items():
+        write_figure(figure, *(parsed.output_dir / f"{stem}{suffix}" for suffix in (".png", ".svg")))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,459 @@
+"""What happened inside the networks of a run: stored models in; dormant units, ranks, weight magnitude and accuracy per class out.
+
+    python post_run_analysis.py --results_dir results/base_deep_learning_system/ --data_path data/
+
+Analyses every finished run of the experiment in that folder, of this project or of the released code; `--experiment-index` also takes
+runs in progress. Of a run with 20 tasks of 200 epochs, the network stored at epoch 200 i (i = 0..19) is shown 1,000 training images of
+task i's classes, which it has not met yet ("next task"), and 1,000 of all classes before them ("previous tasks"). About three minutes per
+run on two CPU cores. Index K's results appear beside its metrics, float32, a value per task, NaN where a run in
+progress has no model yet:
+
+    weight_magnitude_analysis/index-K.npy                                     mean |parameter|
+    {next_task,previous_tasks}_dormant_units_analysis/index-K.npy             fraction of all units; previous tasks of task 0: 0
+    {next_task,previous_tasks}_effective_rank_analysis/index-K.npy            of the last hidden layer (512 units); as above
+    {next_task,previous_tasks}_stable_rank_analysis/index-K.npy               likewise
+    accuracy_per_class_in_order/index-K.npy                                   of the final network: a fraction per class, in class order
+    analysis_settings/index-K.json                                            what they were computed with; written last: complete
+
+Source: paper, Methods, "Class-incremental CIFAR-100"; released incremental_cifar/post_run_analysis.py.
+"""
+
+import argparse
+import functools
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from incremental_cifar.cifar100 import ImageSet, load_images
+from incremental_cifar.command_line import OneLineArgumentParser, run_script
+from incremental_cifar.config import NUM_CLASSES, REPOSITORY, RULES, Config, UserError, make_config
+from incremental_cifar.resnet import ResNet18, build_network
+from incremental_cifar.run_files import RunFiles, array_bytes
+from incremental_cifar.safe_files import write_file
+from incremental_cifar.seeds import NUM_SEEDS, Purpose, draw_class_order, experiment_seed, generator_for
+from incremental_cifar.training import choose_device, set_arithmetic
+from incremental_cifar.unit_metrics import (
+    IMAGES_PER_CHUNK,
+    accuracy_per_class,
+    active_share,
+    dormant_unit_fraction,
+    effective_rank,
+    hidden_features,
+    singular_values,
+    stable_rank,
+    weight_magnitude,
+)
+
+NUM_ANALYSED_IMAGES = 1000  # or all, where the classes have fewer
+
+WEIGHT_MAGNITUDE = "weight_magnitude_analysis"
+ACCURACY_PER_CLASS = "accuracy_per_class_in_order"
+UNIT_METRICS = ("dormant_units", "effective_rank", "stable_rank")
+TASK_METRICS = (WEIGHT_MAGNITUDE, *(f"{shown}_{metric}_analysis" for shown in ("next_task", "previous_tasks") for metric in UNIT_METRICS))
+
+# The settings of a run that the analysis depends on; the released code stores none of them: then the paper's hold.
+SIZE_KEYS = (
+    "dataset",
+    "num_tasks",
+    "classes_per_task",
+    "epochs_per_task",
+    "train_images_per_class",
+    "validation_images_per_class",
+    "test_images_per_class",
+)
+
+
+class Run(NamedTuple):
+    """A run as it is found on disk, with all that its analysis needs but the models and the images."""
+
+    files: RunFiles
+    sizes: Config  # only the settings named in SIZE_KEYS are the run's own
+    class_order: np.ndarray  # (100,)
+    num_tasks_here: int  # tasks 0, 1, ... whose first network is stored
+    has_final_network: bool
+    settings: dict[str, Any]  # what decides whether stored results are those that this command asks for
+
+    @property
+    def classes(self) -> np.ndarray:
+        """All classes of the run, in the order in which it meets them: 100 at the paper's sizes."""
+        return self.class_order[: self.sizes.num_classes_seen(self.sizes.num_tasks - 1)]
+
+    @property
+    def num_analyses(self) -> int:
+        """Steps of the progress bar: two sets of images per task, one for the first, and the test images for the final network."""
+        return 2 * self.num_tasks_here - 1 + self.has_final_network
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parsed = parse_arguments(arguments)
+    device = choose_device(parsed.device)
+    set_arithmetic("fp32", deterministic=True)  # no TF32: full precision on a GPU too
+
+    folder = Path(os.path.abspath(os.path.expanduser(parsed.results_dir)))
+    runs = [
+        find_run(folder, index, parsed.dormant_unit_threshold, parsed.batch_norm)
+        for index in choose_indices(folder, parsed.experiment_index)
+    ]
+    results = [None if parsed.overwrite else load_results(run) for run in runs]
+    load_images_once = functools.lru_cache(maxsize=1)(load_images)  # the runs of an experiment share them
+    num_analyses = sum(run.num_analyses for run, stored in zip(runs, results, strict=True) if stored is None)
+    with tqdm(total=num_analyses, desc="analyses", unit="", leave=False, disable=None, dynamic_ncols=True) as progress:
+        for run, stored in zip(runs, results, strict=True):
+            if stored is None:
+                sizes = run.sizes
+                train_images_per_class = sizes.validation_images_per_class + sizes.train_images_per_class
+                data_path = os.path.expanduser(parsed.data_path)
+                images = load_images_once(sizes.dataset, data_path, train_images_per_class, sizes.test_images_per_class)
+                train_set, test_set = (ImageSet(split, device) for split in images)
+                new = analyse_run(run, train_set, test_set, parsed.dormant_unit_threshold, parsed.batch_norm, progress)
+                save_results(run, new)
+                tqdm.write(describe_results(run, new, "analysed"))
+            else:
+                tqdm.write(describe_results(run, stored, "analysed before with these settings (--overwrite does it again)"))
+    return 0
+
+
+# --- What there is to analyse ----------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, checked. Raises UserError."""
+    parser = OneLineArgumentParser(
+        description="Dormant units, ranks, weight magnitude and accuracy per class of the networks that an experiment's runs stored."
+    )
+    parser.add_argument(
+        "--results_dir",
+        default=str(REPOSITORY / "results" / "base_deep_learning_system"),
+        metavar="PATH",
+        help="the experiment's folder (default results/base_deep_learning_system/ beside this script)",
+    )
+    parser.add_argument(
+        "--data_path",
+        default=str(REPOSITORY / "data"),
+        metavar="PATH",
+        help="folder that holds, or will hold, cifar-100-python/ (default data/ beside this script)",
+    )
+    parser.add_argument(
+        "--dormant_unit_threshold",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="a unit is dormant if it is active on less than this share of images and positions, from 0 to 1 (default 0.01)",
+    )
+    parser.add_argument(
+        "--experiment-index",
+        metavar="N",
+        help="the runs to analyse, finished or not: one index, a range as in 0-3, or several as in 0,2 (default all finished runs)",
+    )
+    parser.add_argument(
+        "--batch_norm",
+        choices=("batch", "running"),
+        default="batch",
+        help="statistics with which features are normalised: of the images shown, as in the paper, or those learned (default batch)",
+    )
+    parser.add_argument("--device", default="auto", help='"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N" (default auto)')
+    parser.add_argument("--overwrite", action="store_true", help="analyse again what is analysed already")
+    parsed = parser.parse_args(arguments)
+
+    if not 0 <= parsed.dormant_unit_threshold <= 1:
+        raise UserError(f"--dormant_unit_threshold: got {parsed.dormant_unit_threshold}; it must be a number from 0 to 1")
+    is_valid_device, valid_devices = RULES["device"]
+    if not is_valid_device(parsed.device):
+        raise UserError(f'--device: got "{parsed.device}"; it must be {valid_devices}')
+    return parsed
+
+
+def parse_indices(text: str) -> list[int]:
+    """Indices written as "3", "0-3" or "0,2-4": sorted, each once. Raises UserError."""
+    indices = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,5})\s*(?:-\s*([0-9]{1,5})\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise UserError(
+                f'--experiment-index: got "{text}"; it must be an integer from 0 to {NUM_SEEDS - 1}, a range as in 0-3, or several as in '
+                "0,2"
+            )
+        indices.update(range(first, last + 1))
+    return sorted(indices)
+
+
+def choose_indices(folder: Path, wanted: str | None) -> list[int]:
+    """The indices asked for, or those of all finished runs in the folder. Raises UserError if there is nothing to analyse."""
+    wanted_indices = None if wanted is None else parse_indices(wanted)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; --results_dir is the folder of one experiment, as in results/base_deep_learning_system")
+    stored_indices = sorted(stored_models(folder))
+    if not stored_indices:
+        raise UserError(
+            f"{folder}: no stored models in model_parameters/; --results_dir is the folder of one experiment, as in "
+            "results/base_deep_learning_system"
+        )
+    if wanted_indices is not None:
+        if missing := [index for index in wanted_indices if index not in stored_indices]:
+            raise UserError(
+                f"{folder}: no stored models of index {_listed(missing)} in model_parameters/; there are those of {_listed(stored_indices)}"
+            )
+        return wanted_indices
+    finished = RunFiles(folder, 0).finished_indices()
+    if not finished:
+        raise UserError(
+            f"{folder}: no run is finished yet; unfinished: {_listed(stored_indices)}; name them to analyse them as far as they are, as in "
+            f"--experiment-index {stored_indices[0]}"
+        )
+    return finished
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """Numbers with commas, the middle ones left out where there are many."""
+    names = [str(number) for number in numbers]
+    return ", ".join(names if len(names) <= 12 else [*names[:9], "...", names[-1]])
+
+
+def stored_models(folder: Path) -> dict[int, set[int]]:
+    """The epochs of the models stored in an experiment's folder, by index."""
+    epochs: dict[int, set[int]] = {}
+    models = folder / "model_parameters"
+    for name in os.listdir(models) if models.is_dir() else []:
+        if match := re.fullmatch(r"index-(0|[1-9][0-9]*)_epoch-(0|[1-9][0-9]*)\.pt", name):
+            epochs.setdefault(int(match[1]), set()).add(int(match[2]))
+    return epochs
+
+
+def find_run(folder: Path, index: int, dormant_unit_threshold: float, batch_norm: str) -> Run:
+    """Read and check everything of a run but the contents of its models. Raises UserError, naming the file."""
+    files = RunFiles(folder, index)
+    experiment_seed(index)  # raises for an index that cannot be
+    sizes = load_sizes(files)
+    is_finished = index in files.finished_indices()
+    class_order = load_class_order(files, is_finished)
+
+    epochs = stored_models(folder).get(index, set())
+    expected = [task * sizes.epochs_per_task for task in range(sizes.num_tasks + 1)]
+    if unexpected := sorted(epochs - set(expected)):
+        source = "is not there, so the paper's sizes hold" if not files.config_file.is_file() else "says"
+        raise UserError(
+            f"{files.model_file(unexpected[0])}: a model of epoch {unexpected[0]} cannot be in a run of {sizes.num_tasks} tasks of "
+            f"{sizes.epochs_per_task} epochs, as {files.config_file.parent.name}/{files.config_file.name} {source}"
+        )
+    last = expected[-1] if is_finished else max(epochs)
+    for epoch in expected:
+        if epoch <= last and epoch not in epochs:
+            reason = "of a finished run" if is_finished else f"though that of epoch {last} is"
+            raise UserError(f"{files.model_file(epoch)}: this model is not there, {reason}; restore it, or leave index {index} out")
+    epochs_here = sorted(epochs)
+    settings = {
+        "dormant_unit_threshold": dormant_unit_threshold,
+        "batch_norm": batch_norm,
+        "images": NUM_ANALYSED_IMAGES,
+        **{key: getattr(sizes, key) for key in SIZE_KEYS},
+        "model_epochs": epochs_here,
+    }
+    return Run(files, sizes, class_order, min(len(epochs_here), sizes.num_tasks), expected[-1] in epochs, settings)
+
+
+def load_sizes(files: RunFiles) -> Config:
+    """The sizes a run was started with, the paper's where the stored config names none or is not there. Raises UserError.
+
+    Other keys are passed over: the released code stores settings, and its running state, that this project does not know.
+    """
+    settings = {}
+    if files.config_file.exists():
+        try:
+            settings = json.loads(files.config_file.read_text(encoding="utf-8"))
+            if not isinstance(settings, dict):
+                raise ValueError("not an object of keys and values")
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{files.config_file}: cannot read the stored config of this run ({error})") from None
+    return make_config({key: settings[key] for key in SIZE_KEYS if key in settings}, source=str(files.config_file))
+
+
+def load_class_order(files: RunFiles, is_finished: bool) -> np.ndarray:
+    """The order in which a run met the classes: (100,) int64. Raises UserError if the file is not such an order.
+
+    The released code stores it when a run ends; of a run in progress without it, the order is what its index says, there as here.
+    """
+    path = files.array_file("class_order")
+    if not is_finished and not path.exists():
+        return draw_class_order(experiment_seed(files.index))
+    try:
+        class_order = np.load(path, allow_pickle=False)
+    except Exception as error:  # np.load raises many kinds, depending on where a file is damaged
+        reason = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({type(error).__name__})"
+        raise UserError(f"{path}: the class order of this run {reason}") from None
+    is_numeric = isinstance(class_order, np.ndarray) and class_order.dtype.kind in "iuf"
+    if not is_numeric or not np.array_equal(np.sort(class_order, axis=None), np.arange(NUM_CLASSES)) or class_order.ndim != 1:
+        raise UserError(f"{path}: not a class order; it must hold the labels 0 to {NUM_CLASSES - 1}, each once")
+    return class_order.astype(np.int64)
+
+
+def load_model(path: Path, network: ResNet18 | None, random_seed: int, device: torch.device) -> ResNet18:
+    """Fill a network, or a new one of the stored width if there is none yet, with a stored state dict.
+
+    Raises UserError if the file cannot be read, is not a network of this kind and size, or holds a value that is not finite. Nothing in
+    the file is executed.
+    """
+    try:
+        with warnings.catch_warnings():  # a damaged file is one error, without warnings beside it
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds, depending on where a file is damaged
+        reason = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({type(error).__name__})"
+        raise UserError(f"{path}: this model {reason}") from None
+    if not isinstance(state, dict) or not all(_is_plain_tensor(tensor) for tensor in state.values()):
+        raise UserError(f"{path}: not a state dict, that is, tensors by name")
+    first = state.get("conv1.weight")
+    if network is None:
+        if first is None or first.dim() != 4 or not RULES["network_width"][0](len(first)):
+            raise UserError(f"{path}: a model of another network; conv1.weight is {_shape(first)}, not (width, 3, 3, 3)")
+        network = build_network(random_seed, width=len(first)).to(device, memory_format=torch.channels_last)
+    expected = network.state_dict()
+    for name in [*expected, *state]:
+        mine, stored = expected.get(name), state.get(name)
+        if _shape(mine) != _shape(stored) or mine.dtype != stored.dtype:
+            raise UserError(f"{path}: a model of another network; {name} is {_shape(stored)}, expected {_shape(mine)}")
+        if not torch.isfinite(stored).all():
+            raise UserError(f"{path}: {name} holds values that are not finite; the run diverged, or the file is damaged")
+    network.load_state_dict(state)
+    return network
+
+
+def _is_plain_tensor(value: object) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "cpu" and value.layout == torch.strided and not value.is_quantized
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "not there" if tensor is None else f"{tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
+
+
+# --- The analysis ----------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def analyse_run(
+    run: Run, train_set: ImageSet, test_set: ImageSet, dormant_unit_threshold: float, batch_norm: str, progress: tqdm
+) -> dict[str, np.ndarray]:
+    """All metrics of a run, by the names of their folders: (num_tasks,) float32 each, the accuracy per class a value per class seen.
+
+    train_set, test_set: the images of all classes, on the device of the analysis. The images shown to a network are drawn from a generator
+    of the run's seed and the task: the same for every algorithm, and every time. Raises UserError if a model cannot be used.
+    """
+    sizes = run.sizes
+    random_seed = experiment_seed(run.files.index)
+    results = {metric: np.full(sizes.num_tasks, np.nan, dtype=np.float32) for metric in TASK_METRICS}
+    network = None
+    for task in range(run.num_tasks_here):
+        path = run.files.model_file(task * sizes.epochs_per_task)
+        network = load_model(path, network, random_seed, train_set.device)
+        results[WEIGHT_MAGNITUDE][task] = weight_magnitude(network)
+        num_previous = sizes.classes_per_task * task
+        num_seen = sizes.num_classes_seen(task)
+        generator = generator_for(random_seed, Purpose.ANALYSIS, task)
+        for shown, classes in (
+            ("next_task", run.class_order[num_previous:num_seen]),
+            ("previous_tasks", run.class_order[:num_previous]),
+        ):
+            values = (0.0, 0.0, 0.0)  # of the first task: there are no previous ones
+            if len(classes) > 0:
+                images = draw_images(train_set, classes, generator)
+                active_shares = []
+                for layer in hidden_features(network, images, batch_norm):
+                    active_shares.append(active_share(layer))
+                last_layer = torch.cat(layer)  # (n, 512)
+                if not torch.isfinite(last_layer).all():
+                    raise UserError(f"{path}: the activations of this network are not finite, so they have no rank; the run diverged")
+                spectrum = singular_values(last_layer)
+                values = (dormant_unit_fraction(active_shares, dormant_unit_threshold), effective_rank(spectrum), stable_rank(spectrum))
+                progress.update()
+            for metric, value in zip(UNIT_METRICS, values, strict=True):
+                results[f"{shown}_{metric}_analysis"][task] = value
+    if run.has_final_network:
+        network = load_model(run.files.model_file(sizes.num_epochs), network, random_seed, test_set.device)
+        results[ACCURACY_PER_CLASS] = final_accuracies(network, test_set, run.classes)
+        progress.update()
+    return results
+
+
+def draw_images(image_set: ImageSet, classes: np.ndarray, generator: torch.Generator) -> Tensor:
+    """1,000 images of these classes, or all if there are fewer, drawn without repeats: (n, 3, 32, 32), normalised, not transformed."""
+    indices = image_set.indices_of(classes)
+    chosen = torch.randperm(len(indices), generator=generator)[:NUM_ANALYSED_IMAGES]
+    return image_set.get(indices[chosen].to(image_set.device))[0]
+
+
+def final_accuracies(network: ResNet18, test_set: ImageSet, classes: np.ndarray) -> np.ndarray:
+    """Accuracy on the test images of each of these classes, in their order, with the running statistics: (k,) float32."""
+    network.eval()
+    indices = test_set.indices_of(classes).to(test_set.device)
+    logits = [network(test_set.get(batch)[0])[0] for batch in indices.split(IMAGES_PER_CHUNK)]
+    return accuracy_per_class(torch.cat(logits), test_set.labels(indices), classes)
+
+
+# --- Results ---------------------------------------------------------------------------------------------------------------------
+
+
+def settings_file(files: RunFiles) -> Path:
+    return files.folder / "analysis_settings" / f"index-{files.index}.json"
+
+
+def load_results(run: Run) -> dict[str, np.ndarray] | None:
+    """The stored results of a run if they are whole and were computed with the settings asked for, otherwise None."""
+    try:
+        if json.loads(settings_file(run.files).read_text(encoding="utf-8")) != run.settings:
+            return None
+        lengths = dict.fromkeys(TASK_METRICS, run.sizes.num_tasks)
+        if run.has_final_network:
+            lengths[ACCURACY_PER_CLASS] = len(run.classes)
+        results = {metric: np.load(run.files.array_file(metric), allow_pickle=False) for metric in lengths}
+    except Exception:  # not there, or damaged in one of many ways: it is computed again
+        return None
+    is_whole = all(results[metric].shape == (length,) and results[metric].dtype == np.float32 for metric, length in lengths.items())
+    return results if is_whole else None
+
+
+def save_results(run: Run, results: dict[str, np.ndarray]) -> None:
+    """Write the results of a run, its settings last. Raises UserError if a file cannot be written."""
+    path = settings_file(run.files)
+    if path.exists():
+        write_file(path, b"{}\n")  # until the new results are there whole, what is stored belongs to no settings
+    for metric, array in results.items():
+        write_file(run.files.array_file(metric), array_bytes(array))
+    write_file(path, (json.dumps(run.settings, indent=1) + "\n").encode())
+
+
+def describe_results(run: Run, results: dict[str, np.ndarray], done: str) -> str:
+    """A table of a run's results for the terminal: a line per task, and one that says which tasks are missing."""
+    sizes = run.sizes
+    lines = [
+        f"Index {run.files.index} of {run.files.folder}: {done}.",
+        "               mean   on images of the next task       of previous tasks",
+        "task classes |weight| dormant % stable r. effect. r. dormant % stable r. effect. r.",
+    ]
+    for task in range(run.num_tasks_here):
+        line = f"{task + 1:4} {sizes.num_classes_seen(task):7} {results[WEIGHT_MAGNITUDE][task]:8.5f}"
+        for shown in ("next_task", "previous_tasks"):
+            dormant, effective, stable = (results[f"{shown}_{metric}_analysis"][task] for metric in UNIT_METRICS)
+            nothing_shown = task == 0 and shown == "previous_tasks"
+            line += f" {'-':>9} {'-':>9} {'-':>10}" if nothing_shown else f" {100 * dormant:9.2f} {stable:9.0f} {effective:10.1f}"
+        lines.append(line)
+    if run.has_final_network:
+        lines.append(f"Test accuracy of the final network: {100 * results[ACCURACY_PER_CLASS].mean():.2f} %")
+    else:
+        first, last = run.num_tasks_here + 1, sizes.num_tasks
+        missing = "" if first > last else f"task {last} and " if first == last else f"tasks {first} to {last} and "
+        lines.append(f"Missing, since the run is not finished: {missing}the accuracy per class; the same command fills them in later.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,677 @@
+"""The scripts in plots/: what they draw, read from Matplotlib's artists, equals what is stored; and bad input is one line."""
+
+import json
+import math
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, everything_in
+from matplotlib import rc_context
+from matplotlib.colors import to_hex
+
+from incremental_cifar.command_line import run_script
+from plots import compare_with_paper, plot_incremental_cifar_results, plot_paper_figure
+from plots.drawing import COLOURS, STYLE, draw_curve, label_curves, new_figure, strokes
+from plots.published_curves import read_published_curves
+from plots.run_results import ALGORITHM_LABELS, METRICS, Curve, mean_and_standard_error
+
+BASE, CBP, RETRAINED = "base_deep_learning_system", "continual_backpropagation", "retrained_network"
+ACCURACY, RELATIVE, RANK = "test_accuracy_per_epoch", "relative_accuracy_per_epoch", "next_task_stable_rank_analysis"
+
+# 3 tasks x 2 epochs, 4 classes a task; 8 x 2 = 16 units in the last layer.
+SMALL = {"num_tasks": 3, "epochs_per_task": 2, "classes_per_task": 4, "network_width": 2}
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    return folder
+
+
+def store(results, algorithm, index, sizes=None, **metrics):
+    """Write metrics of one run as float32, and its config with these sizes; None: no config, as released."""
+    folder = results / algorithm
+    for metric, values in metrics.items():
+        (folder / metric).mkdir(parents=True, exist_ok=True)
+        np.save(folder / metric / f"index-{index}.npy", np.asarray(values, dtype=np.float32))
+    if sizes is not None:
+        (folder / "config_files").mkdir(parents=True, exist_ok=True)
+        config = sizes | {"stepsize": 0.1, "a_key_of_another_version": [1]}
+        (folder / "config_files" / f"index-{index}.json").write_text(json.dumps(config))
+
+
+def run(script, capsys, *arguments):
+    """Run a script; return exit status and what it printed on standard output and standard error."""
+    status = run_script(script.main, [str(argument) for argument in arguments])
+    return status, *capsys.readouterr()
+
+
+@pytest.fixture
+def draw(results, capsys, monkeypatch):
+    """Run the script of single figures to the figure and no further; return the figure and what was printed."""
+
+    def draw(metric, *arguments):
+        figures = []
+        monkeypatch.setattr(plot_incremental_cifar_results, "write_figure", lambda figure, *paths: figures.append(figure))
+        status, out, err = run(plot_incremental_cifar_results, capsys, "--results_dir", results, "--metric", metric, *arguments)
+        assert status == 0, err
+        return figures[0], out
+
+    return draw
+
+
+def lines_of(figure):
+    """Label to line of the first axes, lines that are not ours (label begins with _) left out."""
+    return {line.get_label(): line for line in figure.axes[0].get_lines() if not line.get_label().startswith("_")}
+
+
+def line_values(line):
+    return np.asarray(line.get_xdata()).tolist(), pytest.approx(np.asarray(line.get_ydata()).tolist(), abs=1e-4, nan_ok=True)
+
+
+def band_at(axes, position, number=0):
+    """Lower and upper edge of a band at an x."""
+    vertices = axes.collections[number].get_paths()[0].vertices
+    edge = vertices[vertices[:, 0] == position, 1]
+    return edge.min(), edge.max()
+
+
+# --- What is drawn -------------------------------------------------------------------------------------------------------------------
+
+
+def test_best_of_each_task_mean_and_band(results, draw):
+    store(results, BASE, 0, SMALL, test_accuracy_per_epoch=[0.5, 0.7, 0.6, 0.4, 0.3, 0.3])
+    store(results, BASE, 1, SMALL, test_accuracy_per_epoch=[0.9, 0.1, 0.2, 0.5, 0.1, 0.4])
+    store(results, BASE, 5, SMALL, test_accuracy_per_epoch=[0.8, 0.8, 0.4, 0.1, 0.2, 0.3])
+    figure, out = draw(ACCURACY)
+    (axes,) = figure.axes
+    ((label, line),) = lines_of(figure).items()
+    assert label == "Base deep learning system (3 runs)"
+    assert line_values(line) == ([4, 8, 12], [80.0, 50.0, 100 / 3])
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("Number of classes", "Test accuracy (%)")
+    assert to_hex(line.get_color()) == "#d62728" and line.get_linestyle() == "-"
+    # 70, 90, 80: sample deviation 10; 60, 50, 40: 10; 30, 40, 30: sqrt(100 / 3).
+    for position, mean, deviation in ((4, 80, 10), (8, 50, 10), (12, 100 / 3, math.sqrt(100 / 3))):
+        error = deviation / math.sqrt(3)
+        assert band_at(axes, position) == pytest.approx((mean - error, mean + error), abs=1e-4)
+    assert to_hex(axes.collections[0].get_facecolor()[0]) == "#d62728"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [label, "± 1 standard error"]
+    assert "Note" not in out
+
+
+def test_losses_count_by_their_minimum_and_one_run_has_no_band(results, draw):
+    store(results, CBP, 0, SMALL, test_loss_per_epoch=[2, 1, 3, 4, 9, 0.5])
+    figure, _ = draw("test_loss_per_epoch")
+    ((label, line),) = lines_of(figure).items()
+    assert label == "Continual backpropagation (1 run)" and to_hex(line.get_color()) == "#1f77b4"
+    assert line_values(line) == ([4, 8, 12], [1, 3, 0.5])
+    assert not figure.axes[0].collections and len(figure.legends[0].get_texts()) == 1
+
+
+def test_relative_accuracy_pairs_runs_of_the_same_index(results, draw):
+    for index, accuracy in ((0, 0.5), (1, 0.7), (2, 0.1)):
+        store(results, BASE, index, SMALL, test_accuracy_per_epoch=[accuracy, 0, 0.2, 0.2, 0.3, 0.3])
+    for index, accuracy in ((1, 0.6), (0, 0.2), (7, 1.0)):
+        store(results, RETRAINED, index, SMALL, test_accuracy_per_epoch=[0, accuracy, 0.1, 0.1, 0.6, 0.5])
+    figure, out = draw(RELATIVE)
+    lines = lines_of(figure)
+    assert list(lines) == ["Base deep learning system (2 runs)", "Retrained network (2 runs)"]
+    assert line_values(lines["Base deep learning system (2 runs)"]) == ([4, 8, 12], [20, 10, -30])  # (30 + 10) / 2
+    assert band_at(figure.axes[0], 4) == pytest.approx((10, 30), abs=1e-4)  # deviation sqrt(200), over sqrt(2)
+    assert list(lines["Retrained network (2 runs)"].get_ydata()) == [0, 0]
+    assert "Base deep learning system: no retrained network of index 2; left out" in out
+    assert "percentage points" in figure.axes[0].get_ylabel()
+
+
+def test_relative_accuracy_is_a_difference_of_bests_not_the_best_difference(results, draw):
+    store(results, BASE, 0, SMALL, test_accuracy_per_epoch=[0.5, 0.4, 0, 0, 0, 0])
+    store(results, RETRAINED, 0, SMALL, test_accuracy_per_epoch=[0.1, 0.6, 0, 0, 0, 0])
+    figure, _ = draw(RELATIVE)
+    assert lines_of(figure)["Base deep learning system (1 run)"].get_ydata()[0] == pytest.approx(-10, abs=1e-4)
+    figure, _ = draw(RELATIVE, "--per-epoch")
+    assert line_values(lines_of(figure)["Base deep learning system (1 run)"]) == ([1, 2, 3, 4, 5, 6], [40, -20, 0, 0, 0, 0])
+
+
+def test_runs_in_progress_are_drawn_as_far_as_they_go_and_said_so(results, draw):
+    store(results, BASE, 0, SMALL, test_accuracy_per_epoch=[0.2, 0.2, 0.4, 0.4, 0.6, 0.6])
+    store(results, BASE, 3, SMALL, test_accuracy_per_epoch=[0.4, 0.4, 0.9])  # the second task is not complete
+    store(results, CBP, 0, SMALL, test_accuracy_per_epoch=[0.4])
+    store(results, RETRAINED, 0, SMALL, test_accuracy_per_epoch=[0.1, 0.3, 0.1, 0.1])
+    figure, out = draw(ACCURACY)
+    lines = lines_of(figure)
+    assert list(lines) == ["Base deep learning system (2 runs)", "Retrained network (1 run)"]
+    assert line_values(lines["Base deep learning system (2 runs)"]) == ([4, 8, 12], [30, 40, 60])
+    assert line_values(lines["Retrained network (1 run)"]) == ([4, 8], [30, 10])
+    assert set(figure.axes[0].collections[0].get_paths()[0].vertices[:, 0]) == {4}  # one run has no standard error
+    notes = [
+        "Base deep learning system: 1 of 2 runs drawn in part (index 3: 1 of 3 tasks)",
+        "Continual backpropagation: index 0 without a complete task yet; left out",
+        "Retrained network: 1 of 1 runs drawn in part (index 0: 2 of 3 tasks)",
+    ]
+    in_figure = " ".join(figure.texts[0].get_text().split())
+    for note in notes:
+        assert note in out and note in in_figure
+    assert figure.axes[0].get_xlim()[1] > 12  # the axis of a complete run
+
+    figure, out = draw(ACCURACY, "--per-epoch", "--algorithms", f"{CBP},{BASE}")
+    lines = lines_of(figure)
+    assert list(lines) == ["Continual backpropagation (1 run)", "Base deep learning system (2 runs)"]
+    assert line_values(lines["Base deep learning system (2 runs)"]) == ([1, 2, 3, 4, 5, 6], [30, 30, 65, 40, 60, 60])
+    assert lines["Continual backpropagation (1 run)"].get_marker() == "o"  # a single point is visible
+    assert "index 3: 3 of 6 epochs" in out and figure.axes[0].get_xlabel() == "Epoch"
+
+
+def test_analysis_metrics_stand_at_the_task_about_to_be_trained(results, draw):
+    store(results, BASE, 0, SMALL, **{RANK: [16, 8, 4], "next_task_dormant_units_analysis": [0, 0.25, np.nan]})
+    figure, _ = draw(RANK)
+    assert line_values(lines_of(figure)["Base deep learning system (1 run)"]) == ([4, 8, 12], [100, 50, 25])
+    assert figure.axes[0].get_ylabel() == "Stable rank (% of 16)"
+    assert figure.axes[0].get_title(loc="left") == "Images of the next task's classes"
+    figure, out = draw("next_task_dormant_units_analysis")
+    assert line_values(lines_of(figure)["Base deep learning system (1 run)"]) == ([4, 8, 12], [0, 25, np.nan])
+    assert "index 0: 2 of 3 tasks" in out
+
+
+def test_previous_tasks_begin_with_the_second(results, draw):
+    store(results, BASE, 0, SMALL, previous_tasks_effective_rank_analysis=[0, 8, 4])
+    figure, out = draw("previous_tasks_effective_rank_analysis")
+    assert line_values(lines_of(figure)["Base deep learning system (1 run)"]) == ([4, 8, 12], [np.nan, 50, 25])
+    assert "Note" not in out and figure.axes[0].get_ylabel() == "Effective rank (% of 16)"
+
+
+def test_networks_of_several_widths_are_each_in_percent_of_their_own_units(results, draw):
+    store(results, BASE, 0, SMALL, **{RANK: [16, 8, 4]})
+    store(results, "wide", 0, SMALL | {"network_width": 4}, **{RANK: [16, 8, 4]})
+    figure, _ = draw(RANK)
+    assert line_values(lines_of(figure)["wide (1 run)"]) == ([4, 8, 12], [50, 25, 12.5])
+    assert figure.axes[0].get_ylabel() == "Stable rank (% of the last layer)"
+
+
+def test_every_metric_of_the_released_script_is_drawn(results, draw):
+    stored = {metric.folder: [0.5] * (6 if metric.per_epoch else 3) for metric in METRICS.values()}
+    for algorithm in (BASE, RETRAINED):
+        store(results, algorithm, 0, SMALL, **stored)
+    assert len(METRICS) == 10
+    for metric in METRICS:
+        figure, _ = draw(metric)
+        assert "Base deep learning system (1 run)" in lines_of(figure)
+
+
+def test_published_curves_lie_beneath_thin_and_dashed(results, draw):
+    rng = np.random.default_rng(0)
+    for algorithm in (BASE, CBP, "mine"):
+        store(results, algorithm, 0, test_accuracy_per_epoch=rng.random(4000))
+    figure, out = draw(ACCURACY, "--published")
+    published = [line for line in figure.axes[0].get_lines() if line.get_label() == "_published"]
+    assert [to_hex(line.get_color()) for line in published] == [COLOURS[BASE], COLOURS[CBP]]
+    for line, algorithm in zip(published, (BASE, CBP), strict=True):
+        curve = read_published_curves()["test_accuracy", algorithm]
+        assert line_values(line) == (list(range(5, 101, 5)), curve.mean.tolist())
+        ours = lines_of(figure)[f"{ALGORITHM_LABELS[algorithm]} (1 run)"]
+        assert line.is_dashed() and line.get_linewidth() < ours.get_linewidth() and line.get_zorder() < ours.get_zorder()
+    assert "The paper (15 runs)" in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "another experiment" not in out
+
+
+def test_published_curves_beside_another_experiment_are_marked(results, draw):
+    store(results, BASE, 0, SMALL, **{RANK: [16, 8, 4]})
+    figure, out = draw(RANK, "--published")
+    assert "another experiment" in out and "epochs_per_task 2 instead of 200" in out
+    assert "another experiment" in figure.texts[0].get_text()
+    assert figure.axes[0].get_xlim()[1] > 100
+
+
+def test_released_results_have_the_papers_sizes(results, draw, capsys, tmp_path):
+    """No sizes stored, an index list without a dimension, 4,000 epochs, 20 tasks, 512 units."""
+    rng = np.random.default_rng(0)
+    accuracies = rng.random((2, 4000)).astype(np.float32)
+    for algorithm, values in zip((BASE, RETRAINED), accuracies, strict=True):
+        store(results, algorithm, 0, test_accuracy_per_epoch=values, **{RANK: np.linspace(512, 256, 20)})
+        np.save(results / algorithm / "experiment_indices.npy", np.array(0))
+    (results / BASE / "config_files").mkdir()
+    (results / BASE / "config_files" / "index-0.json").write_text('{"stepsize": 0.1, "num_workers": 12}')
+    figure, _ = draw(RELATIVE)
+    bests = accuracies.reshape(2, 20, 200).max(axis=2)
+    expected = (100 * (bests[0] - bests[1])).tolist()
+    assert line_values(lines_of(figure)["Base deep learning system (1 run)"]) == (list(range(5, 101, 5)), expected)
+    assert figure.axes[0].get_xticks().tolist() == [5, 20, 40, 60, 80, 100]
+    figure, _ = draw(RANK)
+    assert figure.axes[0].get_ylabel() == "Stable rank (% of 512)"
+    assert lines_of(figure)["Base deep learning system (1 run)"].get_ydata()[[0, -1]].tolist() == [100, 50]
+    for script in (plot_paper_figure, compare_with_paper):
+        status, _, err = run(script, capsys, "--results_dir", results, "--output-dir", tmp_path)
+        assert status == 0 and not err
+
+
+def test_default_algorithms_are_the_papers_in_order_then_others(results, draw):
+    for algorithm in ("zeta", RETRAINED, "_my $x$ run", CBP, BASE):
+        store(results, algorithm, 0, SMALL, test_accuracy_per_epoch=[0.5] * 6)
+    (results / "empty").mkdir()
+    figure, _ = draw(ACCURACY)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "Base deep learning system (1 run)",
+        "Continual backpropagation (1 run)",
+        "Retrained network (1 run)",
+        "“_my $x$ run” (1 run)",
+        "zeta (1 run)",
+    ]
+
+
+def test_any_number_of_algorithms_are_told_apart():
+    names = [f"algorithm {number}" for number in range(100)]
+    chosen = strokes([*ALGORITHM_LABELS, *names])
+    assert len(set(chosen.values())) == 105
+    assert not {chosen[name].colour for name in names} & set(COLOURS.values())
+    assert {algorithm: stroke.colour for algorithm, stroke in chosen.items() if algorithm in COLOURS} == COLOURS
+
+
+def test_mean_and_standard_error_equal_a_plain_twin():
+    values = np.random.default_rng(0).normal(size=(6, 8))
+    values[np.random.default_rng(1).random((6, 8)) < 0.5] = np.nan
+    values[:, 0], values[1:, 1], values[0, 1] = np.nan, np.nan, 3
+    mean, standard_error, count = mean_and_standard_error(values)
+    for point, column in enumerate(values.T):
+        there = [value for value in column if not math.isnan(value)]
+        assert count[point] == len(there)
+        expected_mean = sum(there) / len(there) if there else math.nan
+        assert mean[point] == pytest.approx(expected_mean, nan_ok=True)
+        squares = sum((value - expected_mean) ** 2 for value in there)
+        expected = math.sqrt(squares / (len(there) - 1)) / math.sqrt(len(there)) if len(there) > 1 else math.nan
+        assert standard_error[point] == pytest.approx(expected, nan_ok=True)
+
+
+# --- Files ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
+def test_formats_and_equal_bytes(results, capsys, tmp_path, suffix, start):
+    store(results, BASE, 0, SMALL, test_accuracy_per_epoch=[0.5, 0.7, 0.6, 0.4, 0.3, 0.3])
+    store(results, BASE, 1, SMALL, test_accuracy_per_epoch=[0.5, 0.7, 0.6, 0.4, 0.3, 0.3])
+    contents = []
+    for folder in ("first", "second"):
+        path = tmp_path / folder / f"figure{suffix}"
+        status, out, _ = run(plot_incremental_cifar_results, capsys, "--results_dir", results, "--metric", ACCURACY, "--output", path)
+        assert status == 0 and str(path) in out
+        assert [file.name for file in path.parent.iterdir()] == [path.name]
+        contents.append(path.read_bytes())
+    assert contents[0] == contents[1] and contents[0].startswith(start)
+
+
+def test_default_output_is_beside_the_script():
+    parsed = plot_incremental_cifar_results.parse_arguments(["--metric", RANK])
+    assert parsed.output == REPOSITORY / "plots" / f"{RANK}.svg" and parsed.results_dir == REPOSITORY / "results"
+
+
+def test_scripts_do_without_torch():
+    scripts = "plot_incremental_cifar_results, plot_paper_figure, compare_with_paper"
+    code = f"import sys; from plots import {scripts}; assert not {{'torch', 'matplotlib.pyplot'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+def test_scripts_run_from_anywhere(results, tmp_path):
+    store(results, BASE, 0, SMALL, **{RANK: [16, 8, 4]})
+    script = REPOSITORY / "plots" / "plot_incremental_cifar_results.py"
+    command = [sys.executable, str(script), "--results_dir", "results", "--metric", RANK, "--output", "rank.svg"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "rank.svg").is_file()
+
+
+# --- The paper's figure --------------------------------------------------------------------------------------------------------------
+
+
+def papers_runs(results, num_runs=2, algorithms=tuple(ALGORITHM_LABELS), shift=0.0):
+    """Runs whose mean is the paper's curve plus `shift`, and whose values lie 0.5 apart."""
+    published = read_published_curves()
+    for algorithm in algorithms:
+        for index in range(num_runs):
+            spread = 0.5 * (index - (num_runs - 1) / 2)
+            offset = shift + (-spread if algorithm == RETRAINED else spread)  # so that differences have a spread too
+            accuracy = published["test_accuracy", algorithm].mean + offset
+            metrics = {ACCURACY: np.repeat(accuracy / 100, 200)}
+            if algorithm != RETRAINED:
+                metrics["next_task_dormant_units_analysis"] = np.maximum(published["dormant_units", algorithm].mean + offset, 0) / 100
+                metrics[RANK] = (published["stable_rank", algorithm].mean + offset) / 100 * 512
+            store(results, algorithm, index, **metrics)
+
+
+@pytest.fixture
+def paper_figures(monkeypatch, capsys):
+    """Draw the paper's figures without writing them: stem to figure, and what was printed."""
+
+    def draw(results):
+        figures = {}
+        monkeypatch.setattr(plot_paper_figure, "write_figure", lambda figure, *paths: figures.update({paths[0].stem: figure}))
+        status, out, err = run(plot_paper_figure, capsys, "--results_dir", results)
+        assert status == 0, err
+        return figures, out
+
+    return draw
+
+
+def test_paper_figure_has_the_papers_panels_and_names_at_the_curves(results, paper_figures):
+    papers_runs(results)
+    figures, out = paper_figures(results)
+    assert list(figures) == ["paper_figure", "test_accuracy_figure"] and "Note" not in out
+    published = read_published_curves()
+    panels = figures["paper_figure"].axes
+    for axes, metric in zip(panels, ("relative_accuracy", "dormant_units", "stable_rank"), strict=True):
+        lines = {line.get_label(): line for line in axes.get_lines() if not line.get_label().startswith("_")}
+        zero_line = ["Retrained network (2 runs)"] if metric == "relative_accuracy" else []
+        assert list(lines) == [f"{ALGORITHM_LABELS[algorithm]} (2 runs)" for algorithm in list(ALGORITHM_LABELS)[:4]] + zero_line
+        for algorithm in list(ALGORITHM_LABELS)[:4]:
+            line = lines[f"{ALGORITHM_LABELS[algorithm]} (2 runs)"]
+            tolerance = 0.13 if metric == "dormant_units" else 0.006  # near 0 the lower of the two runs is cut off
+            np.testing.assert_allclose(line.get_ydata(), published[metric, algorithm].mean, atol=tolerance)
+            assert to_hex(line.get_color()) == COLOURS[algorithm]
+    for figure in figures.values():
+        for axes in figure.axes:
+            renderer = figure.canvas.get_renderer()
+            area = axes.get_window_extent(renderer)
+            boxes = [text.get_window_extent(renderer) for text in axes.texts]
+            shown = {" ".join(text.get_text().split()) for text in axes.texts}
+            assert len(boxes) >= 4 and shown <= set(ALGORITHM_LABELS.values())
+            assert all(area.x0 <= box.x0 and box.x1 <= area.x1 and area.y0 <= box.y0 and box.y1 <= area.y1 for box in boxes)
+            assert not any(one.overlaps(other) for one in boxes for other in boxes if one is not other)
+            for line in axes.get_lines()[:4]:
+                drawn = axes.transData.transform(line.get_xydata())
+                assert not any(box.contains(*point) for box in boxes for point in drawn)
+    assert figures["paper_figure"].texts[0].get_text() == "Means of 2 runs each; shaded: ± 1 standard error."
+
+
+def test_paper_figure_draws_what_is_there_and_says_what_is_missing(results, paper_figures):
+    store(results, BASE, 0, SMALL, test_accuracy_per_epoch=[0.5] * 6)
+    store(results, CBP, 0, SMALL, next_task_dormant_units_analysis=[0, 0.5])
+    figures, out = paper_figures(results)
+    texts = [[" ".join(text.get_text().split()) for text in axes.texts] for axes in figures["paper_figure"].axes]
+    assert texts == [["No runs yet"], ["Continual backpropagation"], ["No runs yet"]]
+    assert f"{RANK}: no runs of base_deep_learning_system, continual_backpropagation, head_resetting, shrink_and_perturb" in out
+    assert "Panel a: Base deep learning system: no retrained network of index 0; left out." in out
+    assert (
+        "Panel b: Continual backpropagation: 1 of 1 runs drawn in part (index 0: 2 of 3 tasks)."
+        in figures["paper_figure"].texts[0].get_text()
+    )
+    assert "One run each." in figures["test_accuracy_figure"].texts[0].get_text()
+
+
+def test_names_that_do_not_fit_give_way_to_a_legend():
+    with rc_context(STYLE):
+        figure = new_figure(2, 1)
+        axes = figure.add_axes((0, 0, 1, 1))
+        values = np.linspace(0, 1, 40)[:, None] + np.zeros((40, 5))
+        lines = {}
+        for number, row in enumerate(values):
+            lines[f"curve {number}"] = draw_curve(axes, Curve("x", (0,), np.arange(5), row[None]), strokes(["x"])["x"])
+        few = dict(list(lines.items())[::10])
+        assert label_curves(axes, few) is not None and len(axes.texts) == 4
+        for text in list(axes.texts):
+            text.remove()
+        crowded = {"a name that is much too long for this small figure": lines["curve 3"]}
+        assert label_curves(axes, crowded) is None and not axes.texts
+
+
+# --- The comparison ------------------------------------------------------------------------------------------------------------------
+
+
+def test_published_curves_are_consistent_and_begin_with_initial_networks():
+    """Relative accuracy is test accuracy minus the retrained network's; at 5 classes stand networks that saw no class yet."""
+    published = read_published_curves()
+    assert len(published) == 17 and all(len(curve.mean) == 20 for curve in published.values())
+    for algorithm in list(ALGORITHM_LABELS)[:4]:
+        difference = published["test_accuracy", algorithm].mean - published["test_accuracy", RETRAINED].mean
+        np.testing.assert_allclose(published["relative_accuracy", algorithm].mean, difference, atol=0.005)
+        rank, dormant = published["stable_rank", algorithm], published["dormant_units", algorithm]
+        assert rank.number_of_classes[0] == 5 and rank.mean[0] == pytest.approx(95.55, abs=0.03) and dormant.mean[0] < 0.02
+        assert rank.mean[1] < 92
+
+
+def test_comparison_by_hand(results, tmp_path, capsys):
+    """Base at 100 classes: the paper has 71.093 +- 0.120 (error 0.005), and at 10 classes 87.681 with its standard error hidden."""
+    accuracy = np.full((2, 20), 0.5)
+    accuracy[:, 19] = 0.7100, 0.7140  # mean 71.2, standard error 0.2
+    accuracy[:, 1] = 0.8760, 0.8770  # mean 87.65, standard error 0.05
+    for index, values in enumerate(accuracy):
+        store(results, BASE, index, test_accuracy_per_epoch=np.repeat(values, 200))
+    points, _ = compare_with_paper.compare(results, read_published_curves())
+    assert [point.number_of_classes for point in points] == list(range(5, 101, 5))
+    last, hidden = points[19], points[1]
+    assert (last.metric, last.algorithm, last.num_runs) == ("test_accuracy", BASE, 2)
+    assert (last.ours, last.standard_error) == pytest.approx((71.2, 0.2), abs=1e-4)
+    assert (last.paper, last.paper_standard_error, last.reading_error) == (71.093, 0.120, 0.005)
+    assert last.tolerance == pytest.approx(2 * math.sqrt(0.2**2 + 0.12**2) + 0.005, abs=1e-4) and last.verdict == "agrees"
+    assert hidden.is_hidden and hidden.tolerance == pytest.approx(2 * 0.05 + 0.005, abs=1e-4)
+    assert hidden.difference == pytest.approx(-0.031, abs=1e-4) and hidden.verdict == "agrees"
+
+    arguments = "--results_dir", results, "--output-dir", tmp_path
+    status, out, _ = run(compare_with_paper, capsys, *arguments)
+    row = "test_accuracy  base_deep_learning_system      100  71.200  0.200  2  71.093   0.120      +0.107      0.471   agrees"
+    assert status == 0 and row in out.splitlines()
+    lines = out.splitlines()
+    assert lines[-1].startswith("2 of 20 compared points agree (") and "at 5 classes, -39.320 where 0.005 would agree." in lines[-1]
+    assert "relative_accuracy: Base deep learning system: no retrained network of indices 0, 1; left out" in out
+    assert "stable_rank: nothing to compare of base_deep_learning_system, continual_backpropagation" in out
+    text = (tmp_path / "comparison_with_paper.md").read_text()
+    cells = "test_accuracy | base_deep_learning_system | 10 | 87.650 | 0.050 | 2 | 87.681 | hidden | -0.031 | 0.105 | agrees"
+    assert f"| {cells} |" in text.splitlines() and lines[-1] in text
+    assert "| test_accuracy | base_deep_learning_system | 2 of 20 | -39.320 | 5 |" in text.splitlines()
+    assert (tmp_path / "comparison_with_paper.png").is_file() and (tmp_path / "comparison_with_paper.svg").is_file()
+    assert run(compare_with_paper, capsys, *arguments, "--strict")[0] == 1
+
+
+def test_the_papers_own_numbers_agree_everywhere(results, tmp_path, capsys):
+    papers_runs(results, num_runs=3)
+    status, out, _ = run(compare_with_paper, capsys, "--results_dir", results, "--output-dir", tmp_path, "--strict")
+    assert status == 0
+    assert out.splitlines()[-1].startswith("340 of 340 compared points agree; the largest difference is ") and "Note" not in out
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(0.99, "agrees"), (1.01, "differs"), (-0.99, "agrees"), (-1.01, "differs")])
+def test_agreement_ends_at_the_tolerance(factor, verdict):
+    tolerance = 2 * 0.5 + 0.1  # 0.3 and 0.4 combine to 0.5
+    point = compare_with_paper.Point("test_accuracy", BASE, 5, 80 + factor * tolerance, 0.3, 4, 80, 0.4, 0.1)
+    assert point.tolerance == pytest.approx(tolerance) and point.verdict == verdict
+
+
+def test_one_run_is_too_few_to_claim_anything(results, tmp_path, capsys):
+    papers_runs(results, num_runs=1, algorithms=[BASE, RETRAINED])
+    arguments = "--results_dir", results, "--output-dir", tmp_path
+    status, out, _ = run(compare_with_paper, capsys, *arguments)
+    assert status == 0 and out.splitlines()[-1] == "Nothing compared: one run is too few for a standard error."
+    assert "too few" in out and "agrees" not in out and "differs" not in out
+    assert run(compare_with_paper, capsys, *arguments, "--strict")[0] == 1
+
+
+def test_other_experiments_are_named_and_left_out(results, tmp_path, capsys):
+    store(results, BASE, 0, SMALL | {"dataset": "synthetic"}, test_accuracy_per_epoch=[0.5] * 6)
+    store(results, BASE, 1, SMALL | {"dataset": "synthetic"}, test_accuracy_per_epoch=[0.5] * 6)
+    output = tmp_path / "output"
+    arguments = "--results_dir", results, "--output-dir", output
+    status, out, _ = run(compare_with_paper, capsys, *arguments)
+    assert status == 0 and out.splitlines()[-1] == "Nothing compared: no run of the paper's experiment here."
+    notes = [line for line in out.splitlines() if "another experiment" in line]
+    assert len(notes) == 1 and "base_deep_learning_system: indices 0, 1 left out" in notes[0]
+    assert "dataset synthetic instead of cifar100, num_tasks 3 instead of 20" in notes[0]
+    assert not output.exists()
+    assert run(compare_with_paper, capsys, *arguments, "--strict")[0] == 1
+    papers_runs(results, num_runs=4, algorithms=[CBP])
+    status, out, _ = run(compare_with_paper, capsys, *arguments, "--strict")
+    assert status == 0 and "60 of 60 compared points agree" in out and "another experiment" in out
+
+
+def test_figure_of_differences_shows_the_points(results):
+    papers_runs(results, num_runs=2, algorithms=[CBP], shift=2.0)
+    points, _ = compare_with_paper.compare(results, read_published_curves())
+    with rc_context(STYLE):
+        figure = compare_with_paper.draw_differences(points)
+    assert len(figure.axes) == 3  # without retrained networks there is no relative accuracy
+    axes = figure.axes[0]
+    of_accuracy = [point for point in points if point.metric == "test_accuracy"]
+    differing = next(line for line in axes.get_lines() if line.get_label() == "_differs")
+    assert line_values(differing)[0] == [point.number_of_classes for point in of_accuracy if point.verdict == "differs"]
+    np.testing.assert_allclose(differing.get_ydata(), 2.0, atol=1e-4)
+    assert band_at(axes, 100) == pytest.approx((-of_accuracy[-1].tolerance, of_accuracy[-1].tolerance))
+
+
+# --- Bad input -----------------------------------------------------------------------------------------------------------------------
+
+
+class MaliciousObject:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('the pickle ran')",)
+
+
+def save_pickle(path):
+    np.save(path, np.array([MaliciousObject()], dtype=object), allow_pickle=True)
+
+
+def save_archive(path):
+    with path.open("wb") as file:
+        np.savez(file, a=np.ones(6))
+
+
+def metric_file(results):
+    return results / BASE / ACCURACY / "index-0.npy"
+
+
+def config_file(results):
+    return results / BASE / "config_files" / "index-0.json"
+
+
+# What is done to good results, and a part of the message.
+BAD_RESULTS = {
+    "pickled array": (lambda results: save_pickle(metric_file(results)), "index-0.npy: cannot read"),
+    "bare pickle": (lambda results: metric_file(results).write_bytes(pickle.dumps(MaliciousObject())), "index-0.npy: cannot read"),
+    "empty file": (lambda results: metric_file(results).write_bytes(b""), "index-0.npy: cannot read"),
+    "truncated": (lambda results: metric_file(results).write_bytes(metric_file(results).read_bytes()[:-3]), "index-0.npy: cannot read"),
+    "text": (lambda results: metric_file(results).write_text("0.5 0.6"), "index-0.npy: cannot read"),
+    "archive": (lambda results: save_archive(metric_file(results)), "index-0.npy: expected one number"),
+    "broken archive": (lambda results: metric_file(results).write_bytes(b"PK\x03\x04 and so on"), "index-0.npy: cannot read"),
+    "two dimensions": (lambda results: np.save(metric_file(results), np.ones((2, 3))), "index-0.npy: expected one number"),
+    "complex": (lambda results: np.save(metric_file(results), np.ones(6, dtype=complex)), "index-0.npy: expected one number"),
+    "texts": (lambda results: np.save(metric_file(results), np.array(["0.5"])), "index-0.npy: expected one number"),
+    "too long": (lambda results: np.save(metric_file(results), np.ones(7)), "holds 7 values, but by its config this run has 6 epochs"),
+    "percent": (lambda results: np.save(metric_file(results), np.full(6, 76.0)), "value 0 is 76; values of this metric are from 0 to 1"),
+    "negative": (lambda results: np.save(metric_file(results), np.full(6, -0.1)), "value 0 is -0.1"),
+    "infinite": (lambda results: np.save(metric_file(results), np.full(6, np.inf)), "value 0 is inf"),
+    "not a number": (lambda results: np.save(metric_file(results), [0.1, np.nan]), "the value of epoch 2 is not a number"),
+    "a folder": (lambda results: (metric_file(results).unlink(), metric_file(results).mkdir()), "index-0.npy: cannot read"),
+    "config not JSON": (lambda results: config_file(results).write_text("{"), "index-0.json: cannot read the stored config"),
+    "config a list": (lambda results: config_file(results).write_text("[]"), "index-0.json: cannot read the stored config"),
+    "config not text": (lambda results: config_file(results).write_bytes(b"\xff\xfe"), "index-0.json: cannot read the stored config"),
+    "config deep": (lambda results: config_file(results).write_text("[" * 100_000), "index-0.json: cannot read the stored config"),
+    "config size": (lambda results: config_file(results).write_text('{"num_tasks": 0}'), "index-0.json: num_tasks is 0"),
+    "config type": (lambda results: config_file(results).write_text('{"epochs_per_task": "200"}'), "index-0.json: epochs_per_task is"),
+    "other epochs": (
+        lambda results: store(results, BASE, 1, SMALL | {"epochs_per_task": 3}, test_accuracy_per_epoch=[0.5]),
+        "epochs_per_task is 2 in base_deep_learning_system/config_files/index-0.json and 3 in",
+    ),
+    "other classes": (
+        lambda results: store(results, CBP, 0, SMALL | {"classes_per_task": 5}, test_accuracy_per_epoch=[0.5]),
+        "classes_per_task is 4",
+    ),
+    "other width": (
+        lambda results: store(results, BASE, 1, SMALL | {"network_width": 3}, test_accuracy_per_epoch=[0.5]),
+        "network_width is 2",
+    ),
+}
+
+
+def assert_one_line(status, out, err, message):
+    assert status == 2 and not out and err.count("\n") == 1 and err.startswith("error: ") and message in err, err
+
+
+@pytest.mark.parametrize("case", BAD_RESULTS)
+def test_bad_results_are_one_line_and_nothing_is_written(results, tmp_path, capsys, case):
+    store(results, BASE, 0, SMALL, test_accuracy_per_epoch=[0.5] * 6)
+    spoil, message = BAD_RESULTS[case]
+    spoil(results)
+    before = everything_in(tmp_path)
+    outcome = run(
+        plot_incremental_cifar_results, capsys, "--results_dir", results, "--metric", ACCURACY, "--output", tmp_path / "figure.svg"
+    )
+    assert_one_line(*outcome, message)
+    assert_one_line(*run(plot_paper_figure, capsys, "--results_dir", results, "--output-dir", tmp_path), message)
+    if not case.startswith("other"):  # the comparison leaves those out
+        assert_one_line(*run(compare_with_paper, capsys, "--results_dir", results, "--output-dir", tmp_path), message)
+    assert everything_in(tmp_path) == before
+
+
+# Arguments of the script of single figures, and a part of the message; {} is the folder of results.
+BAD_ARGUMENTS = {
+    "no metric": (["--results_dir", "{}"], "--metric"),
+    "unknown metric": (["--metric", "accuracy"], "invalid choice"),
+    "suffix": (["--metric", ACCURACY, "--output", "figure.jpg"], "must end in one of .png, .svg, .pdf"),
+    "no suffix": (["--metric", ACCURACY, "--output", "figure"], "must end in one of"),
+    "folder as output": (["--metric", ACCURACY, "--output", "{}/folder.svg"], "this is a folder"),
+    "output in a file": (["--metric", ACCURACY, "--output", "{}/file/figure.svg"], "cannot write this file"),
+    "no results": (["--metric", ACCURACY, "--results_dir", "{}/nowhere"], "no such folder"),
+    "name too long": (["--metric", ACCURACY, "--results_dir", "x" * 5000], "no such folder"),
+    "results of one algorithm": (["--metric", ACCURACY, "--results_dir", "{}/base_deep_learning_system"], "is one algorithm's"),
+    "no such algorithm": (["--metric", ACCURACY, "--algorithms", f"{BASE},mine"], "mine/test_accuracy_per_epoch: no run's metric here"),
+    "empty name": (["--metric", ACCURACY, "--algorithms", f"{BASE},"], "expected names of folders"),
+    "path as name": (["--metric", ACCURACY, "--algorithms", "../results"], "expected names of folders"),
+    "name twice": (["--metric", ACCURACY, "--algorithms", f"{BASE},{BASE}"], "appears twice"),
+    "no retrained network": (["--metric", RELATIVE], "retrained_network/test_accuracy_per_epoch: no run's metric here"),
+    "retrained alone": (["--metric", RELATIVE, "--algorithms", RETRAINED], "name at least one"),
+    "not analysed": (["--metric", RANK], f"no algorithm here has {RANK}; post_run_analysis.py writes it"),
+    "per epoch": (["--metric", RANK, "--per-epoch"], "one value per task"),
+    "published loss": (["--metric", "test_loss_per_epoch", "--published"], "the paper shows no test_loss_per_epoch"),
+    "published per epoch": (["--metric", ACCURACY, "--published", "--per-epoch"], "leave out --per-epoch"),
+    "leftover": (["--metric", ACCURACY, "more"], "unrecognized arguments: more"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments_are_one_line_and_nothing_is_written(results, tmp_path, capsys, case, monkeypatch):
+    store(results, BASE, 0, SMALL, test_accuracy_per_epoch=[0.5] * 6)
+    (results / "folder.svg").mkdir()
+    (results / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    before = everything_in(tmp_path)
+    arguments, message = BAD_ARGUMENTS[case]
+    arguments = [argument.replace("{}", str(results)) for argument in arguments]
+    if "--results_dir" not in arguments:
+        arguments += ["--results_dir", str(results)]
+    assert_one_line(*run(plot_incremental_cifar_results, capsys, *arguments), message)
+    assert everything_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("script", [plot_paper_figure, compare_with_paper], ids=lambda script: script.__name__.split(".")[-1])
+def test_bad_arguments_of_the_other_scripts(script, results, tmp_path, capsys):
+    papers_runs(results, num_runs=1, algorithms=[BASE])
+    (tmp_path / "file").write_text("")
+    before = everything_in(tmp_path)
+    assert_one_line(*run(script, capsys, "--results_dir", tmp_path / "nowhere"), "no such folder")
+    assert_one_line(*run(script, capsys, "--results_dir", results / BASE), "is one algorithm's")
+    assert_one_line(*run(script, capsys, "--no-such-argument"), "unrecognized arguments")
+    status, _, err = run(script, capsys, "--results_dir", results, "--output-dir", tmp_path / "file")
+    assert status == 2 and err.count("\n") == 1 and "cannot write this file" in err
+    assert everything_in(tmp_path) == before
+
+
+def test_nothing_at_all_for_the_papers_figure(results, capsys):
+    assert_one_line(*run(plot_paper_figure, capsys, "--results_dir", results), "nothing here that the paper's figure shows")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("metric,algorithm\ntest_accuracy,x\n", "line 2: not a row"),
+        ("metric,algorithm,number_of_classes,mean,standard_error,reading_error\ntest_accuracy,x,5,high,,0.1\n", "line 2: not a row"),
+        ("metric,algorithm,number_of_classes,mean,standard_error,reading_error\ntest_accuracy,x,5,80,,0\n", "reading_error must be"),
+    ],
+)
+def test_damaged_published_curves(tmp_path, capsys, content, message):
+    path = tmp_path / "published_curves.csv"
+    path.write_text(content)
+
+    def main(arguments):
+        read_published_curves(path)
+        return 0
+
+    assert run_script(main, []) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(path) in err and message in err

@@ -1,0 +1,410 @@
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, everything_in, tiny_arguments
+
+import incremental_cifar_experiment
+import post_run_analysis
+from incremental_cifar.cifar100 import draw_synthetic_images, normalise
+from incremental_cifar.command_line import run_script
+from incremental_cifar.resnet import ResNet18, build_network
+from incremental_cifar.run_files import RunFiles
+from incremental_cifar.seeds import draw_class_order, experiment_seed
+from post_run_analysis import ACCURACY_PER_CLASS, TASK_METRICS
+
+NUM_TASKS, EPOCHS, CLASSES = TINY["num_tasks"], TINY["epochs_per_task"], TINY["classes_per_task"]
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """The folder of a finished tiny run of index 0: three tasks, models of epochs 0, 4, 8 and 12. Not to be changed."""
+    folder = tmp_path_factory.mktemp("results")
+    assert run_script(incremental_cifar_experiment.main, tiny_arguments("base_deep_learning_system", folder)) == 0
+    return folder / "base_deep_learning_system"
+
+
+@pytest.fixture
+def experiment(tiny_run, tmp_path):
+    """A copy of the tiny run's folder."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "base_deep_learning_system"))
+
+
+def analyse(folder, *arguments) -> int:
+    return run_script(post_run_analysis.main, ["--results_dir", str(folder), "--device", "cpu", *arguments])
+
+
+def analysis_of(folder, index=0) -> dict[str, np.ndarray]:
+    """All analysis arrays of an index that are there, by metric."""
+    metrics = (*TASK_METRICS, ACCURACY_PER_CLASS)
+    files = {metric: folder / metric / f"index-{index}.npy" for metric in metrics}
+    return {metric: np.load(file, allow_pickle=False) for metric, file in files.items() if file.exists()}
+
+
+def make_unfinished(folder, last_epoch=EPOCHS) -> None:
+    (folder / "experiment_indices.npy").unlink()
+    for epoch in range(last_epoch + EPOCHS, NUM_TASKS * EPOCHS + 1, EPOCHS):
+        (folder / "model_parameters" / f"index-0_epoch-{epoch}.pt").unlink()
+
+
+# --- What it computes ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_gets_all_metrics(experiment, capsys):
+    assert analyse(experiment) == 0
+    results = analysis_of(experiment)
+    assert len(results) == 8 and all(array.dtype == np.float32 and np.isfinite(array).all() for array in results.values())
+    assert all(results[metric].shape == (NUM_TASKS,) for metric in TASK_METRICS)
+    assert results[ACCURACY_PER_CLASS].shape == (NUM_TASKS * CLASSES,)
+    assert all(results[f"previous_tasks_{metric}_analysis"][0] == 0 for metric in post_run_analysis.UNIT_METRICS)
+    output = capsys.readouterr().out
+    assert "task classes |weight| dormant % stable r. effect. r." in output and "Missing" not in output
+    row = [float(cell) for cell in output.splitlines()[4].split()]  # of the second task
+    shown = [
+        results[f"{images}_{name}_analysis"][1] for images in ("next_task", "previous_tasks") for name in ("stable_rank", "effective_rank")
+    ]
+    assert row[:2] == [2, 2 * CLASSES] and row[4:6] + row[7:9] == pytest.approx(shown, abs=0.051)
+
+
+@pytest.mark.parametrize("batch_norm", ["batch", "running"])
+def test_the_numbers_are_those_of_a_plain_computation(batch_norm, experiment):
+    """All 25 images of a class are fewer than 1,000, so the computation can be done again without any drawing."""
+    assert analyse(experiment, "--batch_norm", batch_norm, "--dormant_unit_threshold", "0.2") == 0
+    results = analysis_of(experiment)
+    num_validation = TINY["validation_images_per_class"]
+    train, _ = draw_synthetic_images(TINY["train_images_per_class"] + num_validation, TINY["test_images_per_class"])
+    class_order = np.load(experiment / "class_order" / "index-0.npy")
+    for task in range(NUM_TASKS):
+        network = ResNet18(TINY["network_width"])
+        network.load_state_dict(torch.load(experiment / "model_parameters" / f"index-0_epoch-{task * EPOCHS}.pt", weights_only=True))
+        values = torch.cat([parameter.detach().flatten() for parameter in network.parameters()]).numpy()
+        assert results["weight_magnitude_analysis"][task] == pytest.approx(np.abs(values).mean(dtype=np.float64), rel=1e-6)
+        start = task * CLASSES
+        for shown, classes in (("next_task", class_order[start : start + CLASSES]), ("previous_tasks", class_order[:start])):
+            if len(classes) == 0:
+                continue
+            network.train(batch_norm == "batch").double()
+            with torch.no_grad():
+                features = [
+                    feature.numpy() for feature in network(normalise(torch.from_numpy(train[classes].reshape(-1, 32, 32, 3))).double())[1]
+                ]
+            network.load_state_dict(torch.load(experiment / "model_parameters" / f"index-0_epoch-{task * EPOCHS}.pt", weights_only=True))
+            active = np.concatenate([(f != 0).mean(axis=tuple(axis for axis in range(f.ndim) if axis != 1)) for f in features])
+            assert results[f"{shown}_dormant_units_analysis"][task] == pytest.approx((active < 0.2).mean(), abs=1e-7)
+            spectrum = np.linalg.svd(features[-1], compute_uv=False)
+            shares = spectrum[spectrum > 0] / spectrum.sum()
+            assert results[f"{shown}_effective_rank_analysis"][task] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
+            assert results[f"{shown}_stable_rank_analysis"][task] == (np.cumsum(shares) < 0.99).sum() + 1
+
+
+def test_accuracy_per_class_is_the_final_networks_test_accuracy(experiment):
+    assert analyse(experiment) == 0
+    curves = {name: np.load(experiment / f"{name}_accuracy_per_epoch" / "index-0.npy")[-EPOCHS:] for name in ("validation", "test")}
+    best = np.argmax(curves["validation"])  # early stopping stored this epoch's network
+    assert analysis_of(experiment)[ACCURACY_PER_CLASS].mean() == pytest.approx(curves["test"][best], abs=1e-6)
+
+
+def test_images_depend_on_index_and_task_alone():
+    images = post_run_analysis.ImageSet(draw_synthetic_images(15, 1)[0], torch.device("cpu"))
+    classes = np.arange(100)
+
+    def drawn(seed, task):
+        generator = post_run_analysis.generator_for(seed, post_run_analysis.Purpose.ANALYSIS, task)
+        return post_run_analysis.draw_images(images, classes, generator)
+
+    first = drawn(1, 0)
+    assert first.shape == (1000, 3, 32, 32) and len(first.flatten(1).unique(dim=0)) == 1000
+    torch.manual_seed(77)
+    assert torch.equal(first, drawn(1, 0))
+    assert not torch.equal(first, drawn(1, 1)) and not torch.equal(first, drawn(2, 0))
+
+
+# --- Which runs, and which again -------------------------------------------------------------------------------------------------
+
+
+def test_the_same_command_skips_what_is_there_and_overwrite_gives_the_same_bits(experiment, capsys):
+    assert analyse(experiment) == 0
+    before = everything_in(experiment)
+    table = capsys.readouterr().out.splitlines()[1:]
+    assert analyse(experiment) == 0
+    assert everything_in(experiment) == before
+    output = capsys.readouterr().out
+    assert "analysed before" in output and output.splitlines()[1:] == table
+    assert analyse(experiment, "--overwrite") == 0
+    after = everything_in(experiment)
+    assert {path: content for path, (content, _) in after.items()} == {path: content for path, (content, _) in before.items()}
+    rewritten = {Path(path).parent.name for path in before if after[path] != before[path]}
+    assert rewritten == {*TASK_METRICS, ACCURACY_PER_CLASS, "analysis_settings"}
+
+
+def test_other_settings_and_damaged_results_are_computed_again(experiment, capsys):
+    def is_skipped(*arguments):
+        assert analyse(experiment, *arguments) == 0
+        return "analysed before" in capsys.readouterr().out
+
+    assert not is_skipped()
+    first = analysis_of(experiment)
+    assert not is_skipped("--dormant_unit_threshold", "0.9")
+    assert (analysis_of(experiment)["next_task_dormant_units_analysis"] > first["next_task_dormant_units_analysis"]).all()
+    assert is_skipped("--dormant_unit_threshold", "0.9")
+    assert not is_skipped("--dormant_unit_threshold", "0.9", "--batch_norm", "running")
+    assert not is_skipped()
+    path = experiment / "weight_magnitude_analysis" / "index-0.npy"
+    path.write_bytes(path.read_bytes()[:-3])
+    assert not is_skipped() and is_skipped()
+    path.unlink()
+    assert not is_skipped()
+    assert all(np.array_equal(array, first[metric]) for metric, array in analysis_of(experiment).items())
+
+
+def test_a_write_that_fails_leaves_no_settings_that_claim_the_old_results(experiment, capsys):
+    assert analyse(experiment) == 0
+    blocked = experiment / "previous_tasks_stable_rank_analysis"
+    shutil.rmtree(blocked)
+    blocked.write_text("a file where a folder belongs")
+    assert analyse(experiment, "--batch_norm", "running") == 2
+    assert str(blocked) in capsys.readouterr().err
+    assert json.loads((experiment / "analysis_settings" / "index-0.json").read_text()) == {}
+
+
+def test_a_run_in_progress_is_analysed_as_far_as_it_is(experiment, capsys):
+    assert analyse(experiment) == 0
+    whole = analysis_of(experiment)
+    finished = Path(shutil.copytree(experiment, experiment.parent / "finished"))
+    make_unfinished(experiment)
+    for folder in (*TASK_METRICS, ACCURACY_PER_CLASS, "analysis_settings"):
+        shutil.rmtree(experiment / folder)
+    (experiment / "class_order" / "index-0.npy").unlink()  # the released code stores it when a run ends
+    capsys.readouterr()
+
+    assert analyse(experiment, "--experiment-index", "0") == 0
+    assert "Missing, since the run is not finished: task 3 and the accuracy per class" in capsys.readouterr().out
+    part = analysis_of(experiment)
+    assert set(part) == set(TASK_METRICS)
+    for metric in TASK_METRICS:
+        assert np.array_equal(part[metric][:2], whole[metric][:2]) and np.isnan(part[metric][2]) and part[metric].dtype == np.float32
+
+    assert analyse(experiment, "--experiment-index", "0") == 0
+    assert "analysed before" in capsys.readouterr().out
+    shutil.copytree(finished / "model_parameters", experiment / "model_parameters", dirs_exist_ok=True)  # the run goes on
+    assert analyse(experiment, "--experiment-index", "0") == 0
+    assert "analysed before" not in capsys.readouterr().out
+    assert all(np.array_equal(array, whole[metric]) for metric, array in analysis_of(experiment).items())
+
+
+def test_runs_are_chosen_by_index_and_the_others_left_alone(experiment, capsys):
+    for index in (1, 2):
+        network = build_network(experiment_seed(index), TINY["network_width"])
+        RunFiles(experiment, index).save_model(0, network)
+        shutil.copy(experiment / "config_files" / "index-0.json", experiment / "config_files" / f"index-{index}.json")
+    assert analyse(experiment) == 0
+    assert len(analysis_of(experiment, 0)) == 8 and not analysis_of(experiment, 1)  # by default, what is finished
+    assert analyse(experiment, "--experiment-index", "0,2") == 0
+    assert len(analysis_of(experiment, 2)) == 7 and not analysis_of(experiment, 1)
+    assert analyse(experiment, "--experiment-index", "1-2") == 0
+    assert len(analysis_of(experiment, 1)) == 7
+    assert post_run_analysis.parse_indices("0, 2-4,3") == [0, 2, 3, 4]
+    (experiment / "experiment_indices.npy").unlink()
+    capsys.readouterr()
+    assert analyse(experiment) == 2
+    assert "no run is finished yet; unfinished: 0, 1, 2" in capsys.readouterr().err
+
+
+# --- The released code's results -------------------------------------------------------------------------------------------------
+
+
+def test_results_in_the_released_layout_are_analysed(tmp_path, monkeypatch, capsys):
+    """Full-width models, no stored sizes, keys that this project does not know, and one finished run in an array without a dimension."""
+    index, num_images = 3, 4
+    folder = tmp_path / "base_deep_learning_system"
+    models = folder / "model_parameters"
+    models.mkdir(parents=True)
+    seed = experiment_seed(index)
+    torch.save(build_network(seed).state_dict(), models / f"index-{index}_epoch-0.pt")
+    for epoch in range(200, 4001, 200):
+        os.link(models / f"index-{index}_epoch-0.pt", models / f"index-{index}_epoch-{epoch}.pt")
+    released = {"stepsize": 0.1, "weight_decay": 0.0005, "noise_std": 0.0, "debug": False, "num_epochs": 4000, "plot_results": []}
+    (folder / "config_files").mkdir()
+    (folder / "config_files" / f"index-{index}.json").write_text(json.dumps(released))
+    (folder / "class_order").mkdir()
+    np.save(folder / "class_order" / f"index-{index}.npy", draw_class_order(seed))
+    np.save(folder / "experiment_indices.npy", np.array(index))
+
+    asked = []
+
+    def synthetic_images(dataset, data_path, train_images_per_class, test_images_per_class):
+        asked.append((dataset, data_path, train_images_per_class, test_images_per_class))
+        return draw_synthetic_images(2, 1)
+
+    monkeypatch.setattr(post_run_analysis, "load_images", synthetic_images)
+    monkeypatch.setattr(post_run_analysis, "NUM_ANALYSED_IMAGES", num_images)
+    assert analyse(folder, "--data_path", str(tmp_path)) == 0
+    assert asked == [("cifar100", str(tmp_path), 500, 100)]
+    results = analysis_of(folder, index)
+    assert all(results[metric].shape == (20,) and np.isfinite(results[metric]).all() for metric in TASK_METRICS)
+    assert results[ACCURACY_PER_CLASS].shape == (100,)
+    assert results["weight_magnitude_analysis"] == pytest.approx(0.02161, abs=1e-5)
+    assert (results["next_task_stable_rank_analysis"] <= num_images).all()
+    (folder / "config_files" / f"index-{index}.json").unlink()
+    assert analyse(folder, "--data_path", str(tmp_path)) == 0  # without any stored config the paper's sizes hold as well
+    assert "analysed before" in capsys.readouterr().out and len(asked) == 1
+
+
+# --- What it refuses -------------------------------------------------------------------------------------------------------------
+
+
+class Malicious:
+    """An object that, when it is unpickled, makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def change_model(folder, change, epoch=EPOCHS):
+    path = folder / "model_parameters" / f"index-0_epoch-{epoch}.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save(change(state), path)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def save_class_order(folder, content, allow_pickle=False):
+    np.save(folder / "class_order" / "index-0.npy", content, allow_pickle=allow_pickle)
+
+
+def change_config(folder, **settings):
+    path = folder / "config_files" / "index-0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def model(folder, epoch):
+    return folder / "model_parameters" / f"index-0_epoch-{epoch}.pt"
+
+
+# What is done to the folder, and what the message must contain.
+BAD_FOLDERS = {
+    "no folder": (lambda f: shutil.rmtree(f), "no such folder"),
+    "no models": (lambda f: shutil.rmtree(f / "model_parameters"), "no stored models"),
+    "nothing finished": (lambda f: (f / "experiment_indices.npy").unlink(), "unfinished: 0; name them"),
+    "list of finished runs damaged": (lambda f: (f / "experiment_indices.npy").write_bytes(b"\x93NUMPY"), "experiment_indices.npy"),
+    "finished run without its last model": (lambda f: model(f, 12).unlink(), "index-0_epoch-12.pt: this model is not there"),
+    "model missing in the middle": (lambda f: model(f, 4).unlink(), "index-0_epoch-4.pt: this model is not there"),
+    "model truncated": (lambda f: truncate(model(f, 8)), "index-0_epoch-8.pt: this model cannot be read"),
+    "model is text": (lambda f: model(f, 8).write_text("hello"), "index-0_epoch-8.pt: this model cannot be read"),
+    "model is empty": (lambda f: model(f, 0).write_bytes(b""), "index-0_epoch-0.pt: this model cannot be read"),
+    "model is a list": (lambda f: change_model(f, lambda state: list(state.values())), "not a state dict"),
+    "model is a checkpoint": (lambda f: change_model(f, lambda state: {"network": state, "epoch": 4}), "not a state dict"),
+    "first model of another network": (lambda f: change_model(f, lambda s: {"fc.bias": s["fc.bias"]}, 0), "conv1.weight is not there"),
+    "model lacks a layer": (
+        lambda f: change_model(f, lambda s: {k: v for k, v in s.items() if k != "fc.bias"}),
+        "fc.bias is not there, expected (100,)",
+    ),
+    "model has a layer more": (lambda f: change_model(f, lambda s: {**s, "more": s["fc.bias"]}), "more is (100,) of float32, expected not"),
+    "model of another width": (
+        lambda f: change_model(f, lambda s: ResNet18(4).state_dict()),
+        "another network; conv1.weight is (4, 3, 3, 3)",
+    ),
+    "model in half precision": (lambda f: change_model(f, lambda s: {k: v.half() for k, v in s.items()}), "of float16, expected"),
+    "model not finite": (
+        lambda f: change_model(f, lambda s: {**s, "fc.weight": s["fc.weight"] * torch.nan}),
+        "fc.weight holds values that",
+    ),
+    "activations not finite": (
+        lambda f: change_model(f, lambda s: {**s, "layer4.1.conv2.weight": torch.full_like(s["layer4.1.conv2.weight"], 3e38)}),
+        "activations of this network are not finite",
+    ),
+    "class order missing": (lambda f: (f / "class_order" / "index-0.npy").unlink(), "class order of this run is not there"),
+    "class order truncated": (lambda f: truncate(f / "class_order" / "index-0.npy"), "class order of this run cannot be read"),
+    "class order with a repeat": (lambda f: save_class_order(f, np.arange(100) // 2 * 2), "not a class order"),
+    "class order too short": (lambda f: save_class_order(f, np.arange(99)), "not a class order"),
+    "class order with two dimensions": (lambda f: save_class_order(f, np.arange(100).reshape(10, 10)), "not a class order"),
+    "class order of words": (lambda f: save_class_order(f, np.array(["a"] * 100)), "not a class order"),
+    "config not JSON": (lambda f: (f / "config_files" / "index-0.json").write_text("{"), "cannot read the stored config"),
+    "config with a wrong size": (lambda f: change_config(f, num_tasks="three"), 'num_tasks is "three"'),
+    "config of a shorter run": (lambda f: change_config(f, num_tasks=2), "a model of epoch 12 cannot be in a run of 2 tasks of 4 epochs"),
+    "config of a longer run": (lambda f: change_config(f, num_tasks=4), "index-0_epoch-16.pt: this model is not there"),
+    "no config": (lambda f: shutil.rmtree(f / "config_files"), "the paper's sizes hold"),
+    "a file where a folder belongs": (lambda f: (f / "weight_magnitude_analysis").write_text(""), "cannot write this file"),
+}
+
+
+def refused(folder, capsys, *arguments) -> str:
+    """The one line with which the analysis ends; it must leave everything as it was."""
+    before = everything_in(folder.parent)
+    capsys.readouterr()
+    assert analyse(folder, *arguments) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ") and output.err.count("\n") == 1 and output.out == ""
+    assert everything_in(folder.parent) == before
+    return output.err
+
+
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_a_bad_folder_is_one_line_and_writes_nothing(case, experiment, capsys):
+    damage, message = BAD_FOLDERS[case]
+    damage(experiment)
+    assert message in refused(experiment, capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dormant_unit_threshold", "1.5"], "--dormant_unit_threshold: got 1.5; it must be a number from 0 to 1"),
+        (["--dormant_unit_threshold", "nan"], "--dormant_unit_threshold: got nan"),
+        (["--dormant_unit_threshold", "few"], "--dormant_unit_threshold"),
+        (["--batch_norm", "none"], "--batch_norm"),
+        (["--device", "gpu"], '--device: got "gpu"'),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--experiment-index", "first"], '--experiment-index: got "first"'),
+        (["--experiment-index", "-1"], '--experiment-index: got "-1"'),
+        (["--experiment-index", "3-1"], '--experiment-index: got "3-1"'),
+        (["--experiment-index", "100000"], "--experiment-index"),
+        (["--experiment-index", "0,"], "--experiment-index"),
+        (["--experiment-index", "0-2"], "no stored models of index 1, 2 in model_parameters/; there are those of 0"),
+        (["--threshold", "0.1"], "--threshold"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_argument_is_one_line_and_writes_nothing(arguments, message, experiment, capsys):
+    assert message in refused(experiment, capsys, *arguments)
+
+
+def test_results_of_earlier_indices_stay_when_a_later_one_cannot_be_used(experiment, capsys):
+    shutil.copy(experiment / "config_files" / "index-0.json", experiment / "config_files" / "index-1.json")
+    (experiment / "model_parameters" / "index-1_epoch-0.pt").write_bytes(b"no model")
+    assert analyse(experiment, "--experiment-index", "0-1") == 2
+    assert "index-1_epoch-0.pt" in capsys.readouterr().err
+    assert len(analysis_of(experiment, 0)) == 8 and not analysis_of(experiment, 1)
+    assert analyse(experiment) == 0
+    assert "analysed before" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("error")  # a warning would be a second line
+def test_nothing_in_a_file_is_executed(experiment, tmp_path, capsys):
+    trace = tmp_path / "trace"
+    content = model(experiment, EPOCHS).read_bytes()
+    torch.save({"conv1.weight": Malicious(trace)}, model(experiment, EPOCHS))
+    assert "cannot be read" in refused(experiment, capsys)
+    model(experiment, EPOCHS).write_bytes(pickle.dumps(Malicious(trace)))
+    assert "cannot be read" in refused(experiment, capsys)
+    model(experiment, EPOCHS).write_bytes(content)
+
+    class_order = np.load(experiment / "class_order" / "index-0.npy")
+    save_class_order(experiment, np.array([Malicious(trace)]), allow_pickle=True)
+    assert "cannot be read" in refused(experiment, capsys)
+    (experiment / "class_order" / "index-0.npy").write_bytes(pickle.dumps(Malicious(trace)))
+    assert "cannot be read" in refused(experiment, capsys)
+    save_class_order(experiment, class_order)
+    np.save(experiment / "experiment_indices.npy", np.array([Malicious(trace)]), allow_pickle=True)
+    assert "cannot read the list of finished runs" in refused(experiment, capsys)
+    assert not trace.exists()
