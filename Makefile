@@ -1,4 +1,4 @@
-# make demo: set up, then train on the built-in images and leave results and figures in results/demo/
+# make demo: set up, then train and analyse on built-in images; the figures are in results/demo/figures/
 # make test: set up, then run all tests
 # The environment is .venv/; with VENV=path another one is used, with PYTHON=python3.12 another Python makes it.
 
@@ -19,13 +19,28 @@ $(VENV)/.complete: requirements.txt requirements-dev.txt
 	$(PY) -m pip install --quiet -r requirements-dev.txt
 	@touch $@
 
-DEMO := results_dir=results/demo dataset=synthetic network_width=8 num_tasks=4 epochs_per_task=10 train_images_per_class=180
-demo: setup  ## continual backpropagation on the built-in images, offline, about two minutes
-	$(PY) incremental_cifar_experiment.py --config cfg/continual_backpropagation.json --set $(DEMO) replacement_rate=1e-4 maturity_threshold=100
+# A small problem: 4 tasks of 5 classes, 6 epochs each, 180 built-in images per class, a network of an eighth of the width.
+SMALL := dataset=synthetic network_width=8 num_tasks=4 epochs_per_task=6 train_images_per_class=180
+DEMO_ALGORITHMS := base_deep_learning_system continual_backpropagation retrained_network
+METRICS := relative_accuracy_per_epoch test_accuracy_per_epoch test_loss_per_epoch weight_magnitude_analysis \
+	$(foreach which,next_task previous_tasks,$(foreach what,dormant_units effective_rank stable_rank,$(which)_$(what)_analysis))
+demo: OUT := results/demo
+demo: setup  ## three algorithms, two runs each, on built-in images, to the figures: offline, about five minutes
+	@set -e; for index in 0 1; do for algorithm in $(DEMO_ALGORITHMS); do \
+		if [ $$algorithm = continual_backpropagation ]; then extra="replacement_rate=1e-3 maturity_threshold=50"; else extra=""; fi; \
+		$(PY) incremental_cifar_experiment.py --config cfg/$$algorithm.json --experiment-index $$index --set results_dir=$(OUT) $(SMALL) $$extra; \
+	done; done
+	@set -e; for algorithm in $(DEMO_ALGORITHMS); do $(PY) post_run_analysis.py --results_dir $(OUT)/$$algorithm; done
+	@set -e; for metric in $(METRICS); do \
+		$(PY) plots/plot_incremental_cifar_results.py --results_dir $(OUT) --metric $$metric --output $(OUT)/figures/$$metric.png; done
+	@$(PY) plots/plot_paper_figure.py --results_dir $(OUT) --output-dir $(OUT)/figures
 
-SMOKE := results_dir=results/smoke dataset=synthetic network_width=2 num_tasks=2 epochs_per_task=2 train_images_per_class=18
-smoke: setup  ## the demo in its smallest form, seconds
-	$(PY) incremental_cifar_experiment.py --config cfg/continual_backpropagation.json --verbose --set $(SMOKE)
+SMOKE := dataset=synthetic network_width=2 num_tasks=2 epochs_per_task=2 train_images_per_class=18
+smoke: OUT := results/smoke
+smoke: setup  ## the demo in its smallest form: one run to one figure, seconds
+	$(PY) incremental_cifar_experiment.py --config cfg/continual_backpropagation.json --verbose --set results_dir=$(OUT) $(SMOKE)
+	$(PY) post_run_analysis.py --results_dir $(OUT)/continual_backpropagation
+	$(PY) plots/plot_incremental_cifar_results.py --results_dir $(OUT) --metric next_task_dormant_units_analysis --output $(OUT)/dormant_units.png
 
 test: setup  ## all tests
 	$(PY) -m pytest

@@ -130,6 +130,16 @@ def epoch_axis(axes: Axes, num_epochs: int) -> None:
     axes.set_xlabel("Epoch")
 
 
+def limit_to_possible_values(axes: Axes, is_percent: bool) -> None:
+    """End the vertical axis at 0 for values that cannot be negative; where all are 0, show 0 to 1 % rather than a blown-up nothing."""
+    axes.autoscale_view(scalex=False)
+    bottom, top = axes.get_ylim()
+    if bottom < 0:
+        top = max(top, 1.0) if is_percent else top
+        bottom = -0.03 * top  # the line at 0 is drawn whole
+    axes.set_ylim(bottom, top)
+
+
 def wrapped(notes: Sequence[str], width: float) -> list[str]:
     """Notes as lines that fit `width` inches at the size of notes."""
     return [line for note in notes for line in textwrap.wrap(note, int(width * 72 / NOTE_SIZE / 0.56))]

@@ -31,6 +31,7 @@ from plots.drawing import (
     draw_published,
     draw_zero_line,
     epoch_axis,
+    limit_to_possible_values,
     new_figure,
     number_of_classes_axis,
     published_handle,
@@ -92,6 +93,8 @@ def draw_metric(
         epoch_axis(axes, len(shown.axis))
     else:
         number_of_classes_axis(axes, np.unique(np.concatenate([shown.axis, *(curve.number_of_classes for curve in beneath.values())])))
+    if not metric.is_relative:
+        limit_to_possible_values(axes, metric.kind == "fraction")
     axes.set_ylabel(metric.axis_label.format(units=shown.num_units))
     if metric.images:
         axes.set_title(metric.images, loc="left")

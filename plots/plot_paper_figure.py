@@ -31,6 +31,7 @@ from plots.drawing import (
     draw_curve,
     draw_zero_line,
     label_curves,
+    limit_to_possible_values,
     new_figure,
     number_of_classes_axis,
     runs_text,
@@ -104,6 +105,8 @@ def draw_panel(axes: Axes, name: str, shown: MetricCurves) -> None:
     axes.margins(y=0.1)
     axes.autoscale_view(scalex=False)
     axes.set_ylim(axes.get_ylim())  # names must not move the limits
+    if not metric.is_relative:
+        limit_to_possible_values(axes, metric.kind == "fraction")
     if label_curves(axes, lines) is None:
         axes.legend(handles=list(lines.values()), labels=[name.replace("\n", " ") for name in lines], frameon=False, fontsize=5.5)
 

@@ -83,6 +83,14 @@ def band_at(axes, position, number=0):
 # --- What is drawn -------------------------------------------------------------------------------------------------------------------
 
 
+def test_axes_of_values_that_cannot_be_negative_begin_at_zero(results, draw):
+    store(results, BASE, 0, SMALL, next_task_dormant_units_analysis=[0.0, 0.0, 0.0])
+    figure, _ = draw("next_task_dormant_units_analysis")
+    bottom, top = figure.axes[0].get_ylim()
+    assert top == 1.0 and -0.05 < bottom <= 0
+    assert [tick for tick in figure.axes[0].get_yticks() if bottom <= tick < 0] == []
+
+
 def test_best_of_each_task_mean_and_band(results, draw):
     store(results, BASE, 0, SMALL, test_accuracy_per_epoch=[0.5, 0.7, 0.6, 0.4, 0.3, 0.3])
     store(results, BASE, 1, SMALL, test_accuracy_per_epoch=[0.9, 0.1, 0.2, 0.5, 0.1, 0.4])
