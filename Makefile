@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke test lint format bench clean
+.PHONY: help setup demo smoke test stress lint format bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ smoke: setup  ## the demo in its smallest form: one run to one figure, seconds
 
 test: setup  ## all tests
 	$(PY) -m pytest
+
+stress: setup  ## the tests of crash safety, many times over, with a table of their counts; about ten minutes
+	STRESS=1 $(PY) -m pytest -q tests/test_crash_safety.py
 
 lint: setup  ## Ruff's checks, and that the formatting is Ruff's
 	$(PY) -m ruff check .

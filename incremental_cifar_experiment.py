@@ -57,6 +57,16 @@ RUNNER_KEYS = {"index", "verbose", "debug", "plot_results", "runs", "relevant_pa
 WORK_PER_TRAINING_IMAGE = 3
 
 
+@contextlib.contextmanager
+def out_of_memory_is_a_user_error() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory is full ({str(error).splitlines()[0]}); end what else runs there, or use another device or precision=bf16"
+        ) from None
+
+
 class IncrementalCIFARExperiment(Experiment):
     """One run of the experiment: `run()` trains to the end, from the last checkpoint if there is one, and `store_results()` stores.
 
@@ -85,6 +95,7 @@ class IncrementalCIFARExperiment(Experiment):
         self.check_stored_config()
         self.is_finished = run_index in self.files.finished_indices()
 
+    @out_of_memory_is_a_user_error()
     def run(self) -> None:
         """Train from the start, or from the last checkpoint, to the end of the last task.
 
@@ -94,33 +105,35 @@ class IncrementalCIFARExperiment(Experiment):
         if self.is_finished:
             print(f"Index {self.run_index} of {self.results_dir} is finished; nothing to do.")
             return
-        config = self.config
-        set_arithmetic(config.precision, config.deterministic)
+        set_arithmetic(self.config.precision, self.config.deterministic)
         self.load_data()
-        with self.files.locked(), stop_requests() as stop, out_of_memory_is_a_user_error():
+        with self.files.locked(), stop_requests() as stop:
             self.check_stored_config()  # again: another process may have started the run since
             self.build_learner()
             first_epoch = self.start_or_resume()
-            self.progress = self.make_progress_bar(first_epoch)
+            with self.make_progress_bar(first_epoch) as self.progress:
+                self.train(first_epoch, stop)
 
-            for task in range(first_epoch // config.epochs_per_task, config.num_tasks):
-                classes = self.class_order[: config.num_classes_seen(task)]
-                task_start, task_end = task * config.epochs_per_task, (task + 1) * config.epochs_per_task
-                for epoch in range(max(first_epoch, task_start), task_end):
-                    stepsize = stepsize_at(epoch - task_start, config.epochs_per_task, config.stepsize)
-                    set_stepsize(self.optimizer, stepsize)
-                    self.describe_epoch(task, epoch, stepsize)
-                    self.train_epoch(epoch, classes, stepsize)
-                    validation_accuracy = self.evaluate_epoch(epoch, classes)
-                    if config.early_stopping:
-                        self.best_network.update(self.network, validation_accuracy)
-                    if epoch + 1 == task_end:
-                        self.end_task(task)
-                    if stop or (epoch + 1) % config.epochs_per_checkpoint == 0 or epoch + 1 == config.num_epochs:
-                        self.save_checkpoint(epoch + 1)
-                    if stop and epoch + 1 < config.num_epochs:
-                        self.leave(stop, epoch + 1)
-            self.progress.close()
+    def train(self, first_epoch: int, stop: StopRequest) -> None:
+        """The tasks and their epochs, from this epoch of the run (counted from 0) on."""
+        config = self.config
+        for task in range(first_epoch // config.epochs_per_task, config.num_tasks):
+            classes = self.class_order[: config.num_classes_seen(task)]
+            task_start, task_end = task * config.epochs_per_task, (task + 1) * config.epochs_per_task
+            for epoch in range(max(first_epoch, task_start), task_end):
+                stepsize = stepsize_at(epoch - task_start, config.epochs_per_task, config.stepsize)
+                set_stepsize(self.optimizer, stepsize)
+                self.describe_epoch(task, epoch, stepsize)
+                self.train_epoch(epoch, classes, stepsize)
+                validation_accuracy = self.evaluate_epoch(epoch, classes)
+                if config.early_stopping:
+                    self.best_network.update(self.network, validation_accuracy)
+                if epoch + 1 == task_end:
+                    self.end_task(task)
+                if stop or (epoch + 1) % config.epochs_per_checkpoint == 0 or epoch + 1 == config.num_epochs:
+                    self.save_checkpoint(epoch + 1)
+                if stop and epoch + 1 < config.num_epochs:
+                    self.leave(stop, epoch + 1)
 
     def store_results(self) -> None:
         """Write the metrics of the finished run, then add its index to the finished ones."""
@@ -223,7 +236,6 @@ class IncrementalCIFARExperiment(Experiment):
         all_finite = torch.isfinite(losses).all().item()  # waits for the device
         self.curves.record_epoch(epoch, epoch_runtime=time.perf_counter() - start)
         if not all_finite:
-            self.progress.close()
             raise UserError(
                 f"the loss is no longer finite in epoch {epoch + 1} (step size {stepsize:g}); the run stops here and its last checkpoint "
                 "stays; start another experiment with a smaller stepsize"
@@ -370,16 +382,6 @@ class BestNetwork:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.accuracy, self.parameters = state["accuracy"], state["parameters"]
-
-
-@contextlib.contextmanager
-def out_of_memory_is_a_user_error() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the GPU's memory is full ({str(error).splitlines()[0]}); end what else runs there, or use another device or precision=bf16"
-        ) from None
 
 
 # Of an environment's description, what decides whether a resumed run can equal an uninterrupted one to the bit.

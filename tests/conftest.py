@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +36,21 @@ TINY_ALGORITHM = {
 
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["incremental_cifar_experiment"])
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["incremental_cifar_experiment"])
+
+
+# How often the tests of crash safety try: a few times, or with STRESS=1 (`make stress`) as often as the README says.
+STRESS = os.environ.get("STRESS") == "1"
+stress_counts: dict[str, str] = {}  # what they count, for the table at the end
+
+
+def pytest_terminal_summary(terminalreporter):
+    if STRESS and stress_counts:
+        width = max(map(len, stress_counts))
+        lines = [f"| {'what':{width}} | count |", f"| {'-' * width} | ----- |"]
+        lines += [f"| {what:{width}} | {count} |" for what, count in stress_counts.items()]
+        terminalreporter.write_line("\n".join(["", *lines, ""]))
 
 
 def tiny_arguments(algorithm: str, results_dir: Path, **settings: object) -> list[str]:
@@ -46,11 +60,13 @@ def tiny_arguments(algorithm: str, results_dir: Path, **settings: object) -> lis
     return ["--config", str(REPOSITORY / "cfg" / f"{algorithm}.json"), "--set", *overrides]
 
 
-def _run_script(arguments: list[str], log: str) -> None:
+def _run_script(arguments: list[str], log: str, prepare: Callable[[], None] | None) -> None:
     import incremental_cifar_experiment
     from incremental_cifar.command_line import run_script
 
     torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -60,11 +76,14 @@ def _run_script(arguments: list[str], log: str) -> None:
 
 
 class ScriptRun:
-    """The experiment script in a process of its own, its output in a file. Exit status negative: ended by that signal."""
+    """The experiment script in a process of its own, its output in a file. Exit status negative: ended by that signal.
 
-    def __init__(self, arguments: list[str], log: Path):
+    prepare: called in that process before the script; can be pickled.
+    """
+
+    def __init__(self, arguments: list[str], log: Path, prepare: Callable[[], None] | None = None):
         self.log = log
-        self.process = _processes.Process(target=_run_script, args=(arguments, str(log)))
+        self.process = processes.Process(target=_run_script, args=(arguments, str(log), prepare))
         self.process.start()
 
     def wait(self, seconds: float = 120) -> int:
@@ -90,8 +109,8 @@ def script(tmp_path):
     """Start the experiment script: `script(arguments)` returns a ScriptRun; what still runs at the end of the test is killed."""
     runs = []
 
-    def start(arguments: list[str]) -> ScriptRun:
-        runs.append(ScriptRun(arguments, tmp_path / f"output-{len(runs)}.txt"))
+    def start(arguments: list[str], prepare: Callable[[], None] | None = None) -> ScriptRun:
+        runs.append(ScriptRun(arguments, tmp_path / f"output-{len(runs)}.txt", prepare))
         return runs[-1]
 
     yield start
@@ -109,6 +128,20 @@ def stored_results(folder: Path) -> dict[str, bytes]:
 def everything_in(folder: Path) -> dict[str, tuple[bytes, int]]:
     """Content and time of change of every file below a folder."""
     return {str(file): (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory):
+    """The folder of an uninterrupted tiny run of each algorithm, made when it is first asked for."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+
+    def of(algorithm: str) -> Path:
+        if not (folder / algorithm).exists():
+            run = ScriptRun(tiny_arguments(algorithm, folder), folder / f"{algorithm}.txt")
+            assert run.wait() == 0, run.output()
+        return folder / algorithm
+
+    return of
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch
 from conftest import ALGORITHMS, REPOSITORY, TINY, everything_in, stored_results, tiny_arguments
 
 from incremental_cifar.cifar100 import draw_synthetic_images
+from incremental_cifar.command_line import run_script
 from incremental_cifar.learning_curves import METRICS, LearningCurves
 from incremental_cifar.resnet import build_network
 from incremental_cifar.run_files import RunFiles, state_digest
@@ -20,22 +21,6 @@ from incremental_cifar.seeds import draw_class_order, experiment_seed
 
 NUM_EPOCHS = 12
 NUM_STEPS = 4 * (4 + 8 + 12)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """The folder of an uninterrupted tiny run of each algorithm, started when it is first asked for."""
-    from conftest import ScriptRun
-
-    folder = tmp_path_factory.mktemp("uninterrupted")
-
-    def of(algorithm):
-        if not (folder / algorithm).exists():
-            run = ScriptRun(tiny_arguments(algorithm, folder), folder / f"{algorithm}.txt")
-            assert run.wait() == 0, run.output()
-        return folder / algorithm
-
-    return of
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -223,6 +208,18 @@ def test_resets_at_the_end_of_a_task(tmp_path, setting, kept):
     assert torch.equal(after[0]["bn1.running_mean"], stored[0]["bn1.running_mean"]) == kept
     assert all(torch.equal(after[1][name], tensor) for name, tensor in stored[1].items())
     assert experiment.largest_momentum > 0
+
+
+def test_a_full_gpu_is_one_line(tmp_path, monkeypatch, capsys):
+    import incremental_cifar_experiment as script_module
+
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore advice.")
+
+    monkeypatch.setattr(script_module.IncrementalCIFARExperiment, "build_learner", full)
+    assert run_script(script_module.main, tiny_arguments("base_deep_learning_system", tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "memory is full (CUDA out of memory. Tried to allocate 2 GiB.)" in error and "More" not in error
 
 
 def test_resuming_in_another_environment_warns(tmp_path, script):

@@ -1,0 +1,338 @@
+"""What a run survives: kill -9 at any moment, a full disk, damaged checkpoints, other processes, hostile settings.
+
+`make test` tries each a few times; `make stress` as often as the README's table says. The hooks that choose a moment are here: the code
+under test has none.
+"""
+
+import builtins
+import contextlib
+import functools
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ALGORITHMS, STRESS, processes, stored_results, stress_counts, tiny_arguments
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from incremental_cifar import safe_files
+from incremental_cifar.config import FIELDS, Config, UserError, load_config, make_config
+from incremental_cifar.run_files import RunFiles, state_digest
+
+KILLS_PER_ALGORITHM = 12 if STRESS else 2  # half of them inside a write
+DAMAGES = 200 if STRESS else 60
+ROUNDS = 50 if STRESS else 5
+SCRIPT_ROUNDS = 50 if STRESS else 2
+
+
+# --- kill -9 ---------------------------------------------------------------------------------------------------------------------
+
+
+def kill_in_write(number: int, moment: str) -> None:
+    """Make this process kill itself in its so-many-th write of a file: half-way, before or after the file takes its name."""
+    count = 0
+
+    def die(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def counting_open(path, mode="r", *args, **kwargs):
+        nonlocal count
+        file = builtins.open(path, mode, *args, **kwargs)  # noqa: SIM115 (it is handed on)
+        if mode == "wb":
+            count += 1
+            if count == number and moment == "half-way":
+                return HalfWritten(file, die)
+        return file
+
+    replace = os.replace
+
+    def counting_replace(*args):
+        if count == number and moment == "before":
+            die()
+        replace(*args)
+        if count == number and moment == "after":
+            die()
+
+    safe_files.open = counting_open
+    os.replace = counting_replace
+
+
+class HalfWritten:
+    """A file of which half the content is written, and then the process ends."""
+
+    def __init__(self, file, die):
+        self.file, self.die = file, die
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def write(self, content):
+        self.file.write(memoryview(content)[: len(content) // 2])
+        self.file.flush()
+        self.die()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS if STRESS else ALGORITHMS[1::3])
+def test_killed_at_any_moment_and_resumed_a_run_is_what_it_would_have_been(algorithm, uninterrupted, tmp_path, script):
+    """Kills at random times and inside random writes; whenever a run reaches its end, it is compared and a new one begins."""
+    choice = random.Random(algorithm)
+    expected = stored_results(uninterrupted(algorithm))
+    kills = {"time": 0, "write": 0}
+    finished = 0
+    folder = tmp_path / "0"
+    while sum(kills.values()) < KILLS_PER_ALGORITHM or finished == 0 or folder.exists():
+        arguments = tiny_arguments(algorithm, folder, checkpoint_save_frequency=1)
+        enough = sum(kills.values()) >= KILLS_PER_ALGORITHM
+        in_write = kills["write"] <= kills["time"]
+        hook = None
+        if not enough and in_write:
+            hook = functools.partial(kill_in_write, choice.randint(1, 70), choice.choice(["half-way", "before", "after"]))
+        run = script(arguments, hook)
+        if not enough and not in_write:
+            run.process.join(choice.uniform(0.2, 1.2))
+            run.process.kill()
+        status = run.wait()
+        if status == -signal.SIGKILL:
+            kills["write" if in_write else "time"] += 1
+            continue
+        assert status == 0, run.output()
+        actual = stored_results(folder / algorithm)
+        assert actual.keys() == expected.keys()
+        assert [name for name in actual if actual[name] != expected[name]] == []
+        finished += 1
+        folder = tmp_path / str(finished)
+    done, inside = (int(part) for part in stress_counts.get("kill -9, of them inside a write", "0, 0").split(", "))
+    stress_counts["kill -9, of them inside a write"] = f"{done + sum(kills.values())}, {inside + kills['write']}"
+    stress_counts["runs resumed to the end after them, all equal to the bit"] = str(
+        int(stress_counts.get("runs resumed to the end after them, all equal to the bit", 0)) + finished
+    )
+    assert kills["write"] >= KILLS_PER_ALGORITHM // 2
+
+
+# --- a full disk -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("cannot mount a file system here: " + mounted.stderr.decode().strip())
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill_before_writing(folder: str, disk: str, number: int) -> None:
+    """Fill the disk just before this process writes its so-many-th file into a folder of this name."""
+    count = 0
+
+    def open_after_filling(path, mode="r", *args, **kwargs):
+        nonlocal count
+        count += mode == "wb" and Path(path).parent.name == folder
+        if count == number:
+            with contextlib.suppress(OSError), builtins.open(Path(disk) / "ballast", "wb", buffering=0) as ballast:
+                while True:
+                    ballast.write(bytes(1000))
+        return builtins.open(path, mode, *args, **kwargs)
+
+    safe_files.open = open_after_filling
+
+
+FULL_DISK_CASES = [
+    ("config_files", 1),
+    ("class_order", 1),
+    ("model_parameters", 1),
+    ("model_parameters", 3),
+    ("experiment_checkpoints", 1),
+    ("experiment_checkpoints", 2),
+    ("test_loss_per_epoch", 2),
+    ("epoch_runtime", 4),
+]
+
+
+@pytest.mark.parametrize(("folder", "number"), FULL_DISK_CASES if STRESS else FULL_DISK_CASES[3:7:2])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(folder, number, small_disk, uninterrupted, script):
+    algorithm = "continual_backpropagation"
+    arguments = tiny_arguments(algorithm, small_disk, checkpoint_save_frequency=3)
+    run = script(arguments, functools.partial(fill_before_writing, folder, str(small_disk), number))
+    assert run.wait() == 2
+    lines = [line for line in run.output().splitlines() if line.startswith(("error", "Traceback"))]
+    assert len(lines) == 1 and f"/{folder}/index-0" in lines[0] and "cannot write this file (No space left on device)" in lines[0]
+    assert not list(small_disk.rglob("*.partial"))
+    assert script(arguments).wait() == 2  # still full
+    (small_disk / "ballast").unlink()
+    run = script(arguments)
+    assert run.wait() == 0, run.output()
+    assert stored_results(small_disk / algorithm) == stored_results(uninterrupted(algorithm))
+    stress_counts["disk full during a config, model, checkpoint or metric; resumed"] = str(
+        int(stress_counts.get("disk full during a config, model, checkpoint or metric; resumed", 0)) + 1
+    )
+
+
+# --- damaged checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_checkpoint_is_never_resumed_from(tmp_path, script, capfd):
+    """Cut or flipped at random places: either its content is still what was written, or the one before it is used."""
+    run = script([*tiny_arguments("continual_backpropagation", tmp_path, checkpoint_save_frequency=1), "--verbose"])
+    run.wait_for_output("Epoch 7/")
+    run.send(signal.SIGTERM)
+    assert run.wait() == 143
+    files = RunFiles(tmp_path / "continual_backpropagation", 0)
+    (before, _), (newest, path) = files.checkpoints()
+    digests = {epoch: state_digest(torch.load(files.checkpoint_file(epoch), weights_only=True)) for epoch in (before, newest)}
+    content = path.read_bytes()
+    choice = random.Random(0)
+    used = {before: 0, newest: 0}
+    for number in range(DAMAGES):
+        place = choice.randrange(len(content))
+        length = choice.choice([1, 1, 8, 1000])
+        damaged = bytearray(content)
+        if number % 4 == 0:
+            del damaged[place:]
+        elif number % 4 == 1:
+            damaged[place : place + length] = choice.randbytes(len(damaged[place : place + length]))
+        elif number % 4 == 2:
+            damaged[place] ^= 1 << choice.randrange(8)
+        else:
+            del damaged[place : place + length]
+        path.write_bytes(damaged)
+        state = files.load_checkpoint()
+        used[state["epoch"]] += 1
+        error = capfd.readouterr().err
+        assert state["epoch"] == newest or f"{path}: this checkpoint is damaged" in error
+        state["sha256"] = state_digest(state)
+        assert state_digest(state) == digests[state["epoch"]]
+    assert used[before] > DAMAGES // 2
+    stress_counts["checkpoints cut or flipped; of them still whole in content"] = f"{DAMAGES}, {used[newest]}"
+
+
+# --- other processes -------------------------------------------------------------------------------------------------------------
+
+
+def finish(folder: str, index: int, barrier: multiprocessing.Barrier) -> None:
+    barrier.wait()
+    RunFiles(folder, index).mark_finished()
+
+
+def test_runs_that_finish_at_the_same_moment_are_all_listed(tmp_path):
+    for number in range(ROUNDS):
+        barrier = processes.Barrier(4)
+        finishing = [processes.Process(target=finish, args=(str(tmp_path / str(number)), index, barrier)) for index in range(4)]
+        for process in finishing:
+            process.start()
+        for process in finishing:
+            process.join(60)
+        assert RunFiles(tmp_path / str(number), 0).finished_indices() == [0, 1, 2, 3]
+    stress_counts["four runs that finish at the same moment, none lost"] = str(ROUNDS)
+
+
+def test_of_two_processes_on_one_run_one_wins(tmp_path, script):
+    for number in range(SCRIPT_ROUNDS):
+        arguments = tiny_arguments("base_deep_learning_system", tmp_path / str(number), num_tasks=2)
+        runs = [script(arguments), script(arguments)]
+        statuses = [run.wait() for run in runs]
+        winner, loser = runs if statuses[0] == 0 else reversed(runs)
+        assert sorted(statuses) == [0, 2], [run.output() for run in runs]
+        assert f"process {winner.process.pid}, since 20" in loser.output() and loser.output().count("error") == 1
+    stress_counts["two processes on the same run, one wins"] = f"{SCRIPT_ROUNDS} of {SCRIPT_ROUNDS}"
+
+
+def test_the_lock_of_a_killed_process_does_not_block(tmp_path, script):
+    arguments = [*tiny_arguments("base_deep_learning_system", tmp_path, num_tasks=1), "--verbose"]
+    run = script(arguments)
+    run.wait_for_output("Epoch 2/")
+    run.process.kill()
+    run.wait()
+    lock_file = tmp_path / "base_deep_learning_system" / ".index-0.lock"
+    assert f"process {run.process.pid}," in lock_file.read_text()
+    assert script(arguments).wait() == 0
+    assert lock_file.read_text() == ""
+
+
+def test_without_flock_the_existence_of_a_file_is_the_lock(tmp_path, monkeypatch):
+    def no_locks(*args):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(safe_files.fcntl, "flock", no_locks)
+    path = tmp_path / "run.lock"
+    with safe_files.lock(path) as holder:
+        assert holder is None
+        with safe_files.lock(path) as second:
+            assert f"process {os.getpid()}," in second and "delete" in second
+    with safe_files.lock(path) as holder:
+        assert holder is None
+        ended = subprocess.Popen(["true"])
+        ended.wait()
+        owner = tmp_path / "run.owner"
+        owner.write_text(owner.read_text().replace(f"process {os.getpid()},", f"process {ended.pid},"))
+        with safe_files.lock(path) as second:  # its process is gone from this host
+            assert second is None
+
+
+def test_a_second_signal_ends_a_run_at_once_and_leaves_it_usable(uninterrupted, tmp_path, script):
+    arguments = [*tiny_arguments("shrink_and_perturb", tmp_path, checkpoint_save_frequency=1), "--verbose"]
+    run = script(arguments)
+    run.wait_for_output("Epoch 5/")
+    started = time.monotonic()
+    run.send(signal.SIGTERM)
+    time.sleep(0.01)
+    run.send(signal.SIGTERM)
+    assert run.wait() in (-signal.SIGTERM, 143)  # 143: the epoch ended between the two
+    assert time.monotonic() - started < 5
+    assert script(arguments).wait() == 0
+    assert stored_results(tmp_path / "shrink_and_perturb") == stored_results(uninterrupted("shrink_and_perturb"))
+
+
+# --- hostile settings ------------------------------------------------------------------------------------------------------------
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20), lambda inner: st.lists(inner, max_size=3), max_leaves=5
+)
+fuzz = settings(max_examples=5000 if STRESS else 300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@fuzz
+@given(st.dictionaries(st.sampled_from(sorted(FIELDS)) | st.text(max_size=8), json_values, max_size=6))
+def test_any_object_is_a_complete_config_or_one_line(values):
+    try:
+        config = make_config(values, source="fuzz")
+    except UserError:
+        return
+    for key, field in FIELDS.items():
+        value = getattr(config, key)
+        assert type(value) is field.type and (field.type is not float or math.isfinite(value))
+    assert config.num_tasks * config.classes_per_task <= 100
+    assert make_config(json.loads(json.dumps(config.to_dict())), source="again") == config
+
+
+@fuzz
+@given(st.binary(max_size=200) | st.text(alphabet='{}[]":,.0123456789eE+-truefalsn_ksizp', max_size=60).map(str.encode))
+def test_any_file_is_a_config_or_one_line(tmp_path, content):
+    path = tmp_path / "fuzz.json"
+    path.write_bytes(content)
+    with contextlib.suppress(UserError):
+        assert isinstance(load_config(path), Config)
+
+
+@fuzz
+@given(st.text(max_size=40))
+def test_any_override_is_a_setting_or_one_line(tmp_path, override):
+    path = tmp_path / "fuzz.json"
+    path.write_text("{}")
+    for text in (override, *(f"{key}={override}" for key in ("stepsize", "num_tasks", "use_cbp", "device", "experiment_name"))):
+        with contextlib.suppress(UserError):
+            assert isinstance(load_config(path, [text]), Config)
