@@ -1,6 +1,6 @@
 # make demo: set up, then train and analyse on built-in images; the figures are in results/demo/figures/
 # make test: set up, then run all tests
-# The environment is .venv/; with VENV=path another one is used, with PYTHON=python3.12 another Python makes it.
+# The environment is .venv/, made by PYTHON (python3); with VENV=path an environment of yours is used as it is.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,9 +11,9 @@ PY := $(VENV)/bin/python
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.complete  ## make the environment (about 5 GB: PyTorch with CUDA)
+setup: $(if $(filter .venv,$(VENV)),.venv/.complete)  ## make the environment (about 5 GB: PyTorch with CUDA)
 
-$(VENV)/.complete: requirements.txt requirements-dev.txt
+.venv/.complete: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet -r requirements-dev.txt

@@ -36,6 +36,7 @@ from incremental_cifar.training import (
     WeightNoise,
     autocast,
     choose_device,
+    device_name,
     evaluate,
     make_optimizer,
     set_arithmetic,
@@ -182,19 +183,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def describe_machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        name, detail = torch.cuda.get_device_name(device), f"CUDA {torch.version.cuda}"
-    else:
-        name, detail = processor_name(), f"{torch.get_num_threads()} threads"
-    return f"{name}, {detail}, PyTorch {torch.__version__}, Python {platform.python_version()}, {datetime.date.today()}"
-
-
-def processor_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    detail = f"CUDA {torch.version.cuda}" if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return f"{device_name(device)}, {detail}, PyTorch {torch.__version__}, Python {platform.python_version()}, {datetime.date.today()}"
 
 
 def peak_memory(device: torch.device) -> str:

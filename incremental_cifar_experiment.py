@@ -40,6 +40,7 @@ from incremental_cifar.seeds import Purpose, draw_class_order, experiment_seed, 
 from incremental_cifar.training import (
     WeightNoise,
     choose_device,
+    device_name,
     evaluate,
     make_optimizer,
     momentum_buffers,
@@ -77,7 +78,7 @@ class IncrementalCIFARExperiment(Experiment):
 
     def __init__(self, exp_params: dict[str, Any], results_dir: str, run_index: int, verbose: bool = True):
         # Experiment.__init__ is not called: it would overwrite the stored config, in place and before any check.
-        folder = Path(results_dir).resolve()
+        folder = Path(os.path.abspath(results_dir))
         settings = {key: value for key, value in exp_params.items() if key not in RUNNER_KEYS}
         settings |= {"results_dir": str(folder.parent), "experiment_name": folder.name}
         config = make_config(settings, source="exp_params")
@@ -108,11 +109,16 @@ class IncrementalCIFARExperiment(Experiment):
         set_arithmetic(self.config.precision, self.config.deterministic)
         self.load_data()
         with self.files.locked(), stop_requests() as stop:
-            self.check_stored_config()  # again: another process may have started the run since
+            # Again, now that nobody else can change it: another process may have started or finished the run since.
+            self.check_stored_config()
+            self.is_finished = self.run_index in self.files.finished_indices()
+            if self.is_finished:
+                return
             self.build_learner()
             first_epoch = self.start_or_resume()
             with self.make_progress_bar(first_epoch) as self.progress:
                 self.train(first_epoch, stop)
+            self.store_results()
 
     def train(self, first_epoch: int, stop: StopRequest) -> None:
         """The tasks and their epochs, from this epoch of the run (counted from 0) on."""
@@ -125,20 +131,29 @@ class IncrementalCIFARExperiment(Experiment):
                 set_stepsize(self.optimizer, stepsize)
                 self.describe_epoch(task, epoch, stepsize)
                 self.train_epoch(epoch, classes, stepsize)
-                validation_accuracy = self.evaluate_epoch(epoch, classes)
+                validation_accuracy = self.evaluate_epoch(epoch, classes, stepsize)
                 if config.early_stopping:
                     self.best_network.update(self.network, validation_accuracy)
                 if epoch + 1 == task_end:
                     self.end_task(task)
-                if stop or (epoch + 1) % config.epochs_per_checkpoint == 0 or epoch + 1 == config.num_epochs:
+                is_last = epoch + 1 == config.num_epochs
+                is_stopping = bool(stop)  # asked once: a signal may come at any time
+                if is_stopping or is_last or (epoch + 1) % config.epochs_per_checkpoint == 0:
                     self.save_checkpoint(epoch + 1)
-                if stop and epoch + 1 < config.num_epochs:
+                if is_stopping and not is_last:
                     self.leave(stop, epoch + 1)
 
     def store_results(self) -> None:
-        """Write the metrics of the finished run, then add its index to the finished ones."""
+        """Write the metrics of the run, then add its index to the finished ones; `run` has done so if it came to the end.
+
+        Raises UserError if a model that a finished run has is not there.
+        """
         if self.is_finished:
             return
+        for task in range(self.config.num_tasks + 1):
+            model = self.files.model_file(task * self.config.epochs_per_task)
+            if not model.exists():
+                raise UserError(f"{model}: this model was deleted while the run was in progress; restore it, or start another experiment")
         self.store_curves(self.config.num_epochs)
         self.files.mark_finished()
         self.is_finished = True
@@ -195,24 +210,29 @@ class IncrementalCIFARExperiment(Experiment):
 
     def start_or_resume(self) -> int:
         """Load the newest checkpoint, or write the files a run begins with; return the number of epochs already done."""
-        environment = describe_environment(self.device)
+        self.environment = describe_environment(self.device)
         checkpoint = self.files.load_checkpoint()
-        if checkpoint is not None:
-            self.load_checkpoint(checkpoint)
-            if checkpoint["settings"] != self.settings():
-                raise UserError(
-                    f"{self.files.checkpoint_folder}: the newest checkpoint of index {self.run_index} is of a run with other settings"
-                )
-            before = checkpoint["environment"]
-            changed = [f"{key} {before[key]} -> {environment[key]}" for key in EXACTNESS_KEYS if before[key] != environment[key]]
-            if changed:
-                warn(f"resuming in another environment ({', '.join(changed)}): the last bits may differ from an uninterrupted run's")
-            print(f"Resuming index {self.run_index} after epoch {checkpoint['epoch']} of {self.config.num_epochs}.")
-            return checkpoint["epoch"]
-        self.files.save_config(self.config, environment)
-        self.files.save_array("class_order", self.class_order)
-        self.files.save_model(0, self.network)
-        return 0
+        is_new = checkpoint is None
+        if not is_new and checkpoint.get("settings") != self.settings():
+            raise UserError(
+                f"{self.files.checkpoint_folder}: the newest checkpoint of index {self.run_index} is of a run with other settings"
+            )
+        # Of a resumed run, what somebody deleted meanwhile.
+        if is_new or not self.files.config_file.exists():
+            self.files.save_config(self.config, self.environment)
+        if is_new or not self.files.array_file("class_order").exists():
+            self.files.save_array("class_order", self.class_order)
+        if is_new or not self.files.model_file(0).exists():
+            self.files.save_model(0, self.network)
+        if is_new:
+            return 0
+        self.load_checkpoint(checkpoint)
+        before, here = checkpoint["environment"], self.environment
+        changed = [f"{key} {before.get(key)} -> {here[key]}" for key in EXACTNESS_KEYS if before.get(key) != here[key]]
+        if changed:
+            warn(f"resuming in another environment ({', '.join(changed)}): the last bits may differ from an uninterrupted run's")
+        print(f"Resuming index {self.run_index} after epoch {checkpoint['epoch']} of {self.config.num_epochs}.")
+        return checkpoint["epoch"]
 
     # --- One epoch ---------------------------------------------------------------------------------------------------------------
 
@@ -236,13 +256,19 @@ class IncrementalCIFARExperiment(Experiment):
         all_finite = torch.isfinite(losses).all().item()  # waits for the device
         self.curves.record_epoch(epoch, epoch_runtime=time.perf_counter() - start)
         if not all_finite:
-            raise UserError(
-                f"the loss is no longer finite in epoch {epoch + 1} (step size {stepsize:g}); the run stops here and its last checkpoint "
-                "stays; start another experiment with a smaller stepsize"
-            )
+            raise self.diverged(epoch, stepsize)
 
-    def evaluate_epoch(self, epoch: int, classes: np.ndarray) -> float:
-        """Measure and store loss and accuracy on the test and the validation images; return the validation accuracy."""
+    def diverged(self, epoch: int, stepsize: float) -> UserError:
+        return UserError(
+            f"the loss is no longer finite in epoch {epoch + 1} (step size {stepsize:g}); the run stops here and its last checkpoint "
+            "stays; start another experiment with a smaller stepsize"
+        )
+
+    def evaluate_epoch(self, epoch: int, classes: np.ndarray, stepsize: float) -> float:
+        """Measure and store loss and accuracy on the test and the validation images; return the validation accuracy.
+
+        Raises UserError if a loss is not finite.
+        """
         augmentation = generator_for(self.random_seed, Purpose.TEST_IMAGES, epoch) if self.config.augment_test_data else None
         accuracies = {}
         for name, image_set, generator in (("test", self.test_set, augmentation), ("validation", self.validation_set, None)):
@@ -250,6 +276,8 @@ class IncrementalCIFARExperiment(Experiment):
             loss, accuracy = evaluate(self.network, image_set, classes, self.config.precision, generator)
             loss, accuracies[name] = torch.stack((loss, accuracy)).tolist()  # waits for the device
             runtime = time.perf_counter() - start
+            if not np.isfinite(loss):
+                raise self.diverged(epoch, stepsize)
             self.curves.record_epoch(
                 epoch,
                 **{f"{name}_loss_per_epoch": loss, f"{name}_accuracy_per_epoch": accuracies[name], f"{name}_evaluation_runtime": runtime},
@@ -293,7 +321,7 @@ class IncrementalCIFARExperiment(Experiment):
             "momentum": momentum_buffers(self.optimizer),
             "best_network": self.best_network.state_dict(),
             "curves": self.curves.state_dict(epoch, self.config.steps_before(epoch)),
-            "environment": describe_environment(self.device),
+            "environment": self.environment,
         }
         if self.continual_backprop is not None:
             state["continual_backprop"] = self.continual_backprop.state_dict()
@@ -375,7 +403,7 @@ class BestNetwork:
     def restore(self, network: ResNet18) -> None:
         """Put the copy back into the network and forget it: the next task starts over."""
         network.load_state_dict(self.parameters)
-        self.__init__()
+        self.accuracy, self.parameters = -1.0, {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"accuracy": self.accuracy, "parameters": self.parameters}
@@ -385,12 +413,12 @@ class BestNetwork:
 
 
 # Of an environment's description, what decides whether a resumed run can equal an uninterrupted one to the bit.
-EXACTNESS_KEYS = ("torch", "cuda", "device", "threads")
+EXACTNESS_KEYS = ("torch", "cuda", "cudnn", "device", "threads")
 
 
 def describe_environment(device: torch.device) -> dict[str, str | int | None]:
     """Versions, device and commit that a run's numbers come from."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -400,7 +428,8 @@ def describe_environment(device: torch.device) -> dict[str, str | int | None]:
         "numpy": np.__version__,
         "torch": str(torch.__version__),  # a string subclass that weights_only=True would refuse
         "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+        "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "commit": commit,
     }

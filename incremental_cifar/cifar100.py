@@ -9,7 +9,8 @@ Letters in the shapes: n images, k images per class, h and w positions.
 """
 
 import contextlib
-import urllib.error
+import http.client
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,13 +48,13 @@ def _read_cifar100(data_path: Path, is_train: bool) -> np.ndarray:
     from torchvision.datasets import CIFAR100
 
     folder = data_path / CIFAR100.base_folder
-    was_there = data_path.is_dir()
+    new_folders = [path for path in (data_path, *data_path.parents) if not path.exists()]
     try:
         dataset = CIFAR100(root=str(data_path), train=is_train, download=True)
-    except (OSError, urllib.error.URLError, RuntimeError) as error:
-        if not was_there:
-            with contextlib.suppress(OSError):
-                data_path.rmdir()  # torchvision made it; gone unless something was put there
+    except (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError) as error:
+        with contextlib.suppress(OSError):
+            for path in new_folders:
+                path.rmdir()  # torchvision made it; it stays if something was put there
         raise UserError(
             f"{folder}: CIFAR-100 is not there, or not whole, and could not be downloaded ({error}); put the files train, test and meta "
             f"of {CIFAR100.filename} into this folder, or set data_path to where they are"

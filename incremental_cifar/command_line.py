@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import io
+import os
 import signal
 import sys
 import threading
@@ -19,11 +21,21 @@ class OneLineArgumentParser(argparse.ArgumentParser):
 
 
 def run_script(main: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | None = None) -> int:
-    """Run a script's `main`; turn a UserError into one line on standard error and exit status 2."""
+    """Run a script's `main`; turn a UserError, and what the system refuses, into one line on standard error and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end a run
     try:
         return main(arguments)
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        return 2
+    except BrokenPipeError:  # whoever read the output, as `| head` does, has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+        print("error: " + " ".join(what.split()), file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:  # outside `stop_requests`: before the work began, or after it
         return 128 + signal.SIGINT

@@ -85,7 +85,7 @@ class Config:
 
     def steps_per_epoch(self, task: int) -> int:
         """Steps in one epoch of task `task`; a last, smaller batch counts."""
-        return math.ceil(self.num_classes_seen(task) * self.train_images_per_class / self.batch_size)
+        return -(-self.num_classes_seen(task) * self.train_images_per_class // self.batch_size)
 
     def steps_before(self, epoch: int) -> int:
         """Steps of the whole run before its epoch `epoch` (counted from 0): the number of that epoch's first step."""
@@ -114,6 +114,7 @@ def is_device_name(name: str) -> bool:
     return re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name) is not None
 
 
+LARGEST_FLOAT32 = 3.4028234663852886e38
 Rule = tuple[Callable[[Any], bool], str]
 
 
@@ -132,15 +133,15 @@ def _one_of(*choices: str) -> Rule:
 # What a value must be beyond its type, and how to say so.
 RULES: dict[str, Rule] = {
     "experiment_name": (
-        lambda value: value == "" or (re.fullmatch(r"[^/\\\0]{1,200}", value) is not None and value.strip(". ") != ""),
-        "the name of one folder",
+        lambda value: value == "" or (not re.search(r"[/\\\0]", value) and value.strip(". ") != "" and len(value.encode()) <= 200),
+        "the name of one folder, of at most 200 bytes",
     ),
     "num_workers": _at_least(0),
     "dataset": _one_of("cifar100", "synthetic"),
     "num_tasks": _between(1, NUM_CLASSES),
     "classes_per_task": _between(1, NUM_CLASSES),
-    "epochs_per_task": _at_least(1),
-    "batch_size": _at_least(1),
+    "epochs_per_task": _between(1, 100_000),
+    "batch_size": _between(1, NUM_CLASSES * TRAIN_IMAGES_PER_CLASS),
     "train_images_per_class": _between(1, TRAIN_IMAGES_PER_CLASS - 1),
     "validation_images_per_class": _between(1, TRAIN_IMAGES_PER_CLASS - 1),
     "test_images_per_class": _between(1, TEST_IMAGES_PER_CLASS),
@@ -174,10 +175,14 @@ def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Confi
 
     Raises UserError with one line if the file cannot be read or any setting in it, or in `overrides`, cannot be used.
     """
-    settings = _read_json(Path(path))
+    settings = read_json(Path(path))
+    overriding: dict[str, Any] = {}
     for override in overrides:
         key, value = _parse_override(override)
-        settings[key] = value
+        if key in overriding:
+            raise UserError(f'--set: key "{key}" appears twice; keep one of them')
+        overriding[key] = value
+    settings |= overriding
     return make_config(settings, source=str(path), experiment_name=Path(path).stem)
 
 
@@ -197,7 +202,7 @@ def make_config(settings: dict[str, Any], source: str, experiment_name: str = "e
         "results_dir": str(REPOSITORY / "results"),
     }
     for key, default in defaults.items():
-        values[key] = values.get(key) or default
+        values[key] = values.get(key) or _checked(key, default, source)
     for key in ("data_path", "results_dir"):
         values[key] = os.path.abspath(os.path.expanduser(values[key]))
     config = Config(**values)
@@ -210,7 +215,9 @@ def differing_keys(stored: Config, config: Config) -> list[str]:
     return [key for key in FIELDS if key not in FREE_KEYS and getattr(stored, key) != getattr(config, key)]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError if it cannot be read, is something else, or has a key (but a comment) twice."""
+
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content: dict[str, Any] = {}
         for key, value in pairs:
@@ -220,7 +227,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return content
 
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_repeats)
+        settings = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
     except OSError as error:
         raise UserError(f"{path}: cannot read this config file ({error.strerror}); cfg/ holds one per algorithm") from None
     except (UnicodeDecodeError, RecursionError):
@@ -261,10 +268,10 @@ def _checked(key: str, value: Any, source: str) -> Any:
             value = float(value)
         except OverflowError:
             value = math.inf
-        if not math.isfinite(value):
-            raise UserError(f"{source}: {key} is {shown}; it must be {wanted}, and finite")
-    if expected is str and "\0" in value:
-        raise UserError(f"{source}: {key} is {shown}; it must be a string without NUL characters")
+        if not abs(value) <= LARGEST_FLOAT32:
+            raise UserError(f"{source}: {key} is {shown}; it must be {wanted}, and finite in single precision")
+    if expected is str and ("\0" in value or value.encode(errors="replace").decode() != value):
+        raise UserError(f"{source}: {key} is {shown}; it must be a string of Unicode text without NUL characters")
     if not rule_holds(value):
         raise UserError(f"{source}: {key} is {shown}; it must be {wanted}")
     return value

@@ -124,8 +124,8 @@ def initialise(module: nn.Module, generator: torch.Generator | None = None) -> N
     """Draw the weights of a network, or of one of its layers, anew, in place; children before parents.
 
     Convolutions and the output layer: Kaiming-normal over the fan in, with the gain of a ReLU and of a linear unit; biases 0.
-    Batch norm: weight 1, bias 0, running mean 0, running variance 1. `generator` must be on the CPU (None: PyTorch's own), and the
-    module too: the numbers are then the same whatever device the run is on.
+    Batch norm: weight 1, bias 0. As released: its running statistics stay, though one would expect them to start anew too.
+    `generator` must be on the CPU (None: PyTorch's own), and the module too: the numbers are then the same whatever device the run is on.
     Source: released lop/nets/torchvision_modified_resnet.py, kaiming_init_resnet_module.
     """
 
@@ -137,7 +137,6 @@ def initialise(module: nn.Module, generator: torch.Generator | None = None) -> N
             nn.init.kaiming_normal_(layer.weight, nonlinearity="linear", generator=generator)
             nn.init.zeros_(layer.bias)
         elif isinstance(layer, nn.BatchNorm2d):
-            layer.reset_running_stats()
             nn.init.ones_(layer.weight)
             nn.init.zeros_(layer.bias)
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from incremental_cifar.command_line import warn
-from incremental_cifar.config import Config, UserError, make_config
+from incremental_cifar.config import Config, UserError, make_config, read_json
 from incremental_cifar.safe_files import lock, write_file
 
 CHECKPOINTS_KEPT = 2
@@ -63,15 +63,9 @@ class RunFiles:
 
     def load_config(self) -> Config | None:
         """The config this run was started with, or None if it was not. Raises UserError if the file is not a config."""
-        if not self.config_file.is_file():
+        if not self.config_file.exists():
             return None
-        try:
-            settings = json.loads(self.config_file.read_text(encoding="utf-8"))
-            if not isinstance(settings, dict):
-                raise ValueError("not an object of keys and values")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.config_file}: cannot read the stored config of this run ({error})") from None
-        return make_config(settings, source=str(self.config_file), experiment_name=self.folder.name)
+        return make_config(read_json(self.config_file), source=str(self.config_file), experiment_name=self.folder.name)
 
     # --- metrics ---
 
@@ -93,8 +87,14 @@ class RunFiles:
             read_checkpoint(path)
         except DamagedFile as error:
             raise UserError(f"{path}: what was written cannot be read back ({error}); check the disk") from None
-        for _, older in self.checkpoints()[:-CHECKPOINTS_KEPT]:
-            older.unlink(missing_ok=True)
+        checkpoints = self.checkpoints()
+        kept = [file for earlier, file in checkpoints if earlier <= epoch][-CHECKPOINTS_KEPT:]  # later ones were damaged, or of no use
+        for _, file in checkpoints:
+            if file not in kept:
+                try:
+                    file.unlink(missing_ok=True)
+                except OSError as error:
+                    warn(f"{file}: cannot delete this old checkpoint ({error.strerror})")
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The newest checkpoint that is whole, its tensors on the CPU; None if there is no checkpoint.
@@ -127,16 +127,20 @@ class RunFiles:
         with lock(path) as holder:
             if holder is not None:
                 raise UserError(f"{path}: another process is working on index {self.index} of this experiment: {holder}")
+            for partial in self.folder.glob(f"*/.index-{self.index}[._]*.partial"):  # of a process that was killed while it wrote
+                partial.unlink(missing_ok=True)
             yield
 
     # --- finished runs ---
 
     def finished_indices(self) -> list[int]:
         """Indices of this experiment's finished runs, sorted; also from a file of the released code. Raises UserError if unreadable."""
-        if not self.indices_file.is_file():
+        if not self.indices_file.exists():
             return []
         try:
             indices = np.load(self.indices_file, allow_pickle=False)
+            if indices.dtype.kind not in "iu":
+                raise ValueError(f"expected integers, found {indices.dtype}")
             # As released: one finished run gives an array without a dimension, and a repeated run an index that appears twice.
             return sorted({int(index) for index in np.atleast_1d(indices)})
         except Exception as error:  # np.load raises many kinds, depending on where a file is damaged

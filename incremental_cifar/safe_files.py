@@ -71,12 +71,14 @@ def lock(path: Path, wait: bool = False) -> Iterator[str | None]:
             with _lock_without_flock(path.with_suffix(".owner"), me, wait) as holder:
                 yield holder
             return
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, me.encode(), 0)
+        with contextlib.suppress(OSError):  # on a full disk the text is missing, but the lock is there
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, me.encode(), 0)
         try:
             yield None
         finally:
-            os.ftruncate(descriptor, 0)
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)
 
@@ -98,7 +100,8 @@ def _lock_without_flock(path: Path, me: str, wait: bool) -> Iterator[str | None]
                 return
             else:
                 time.sleep(0.1)
-    os.write(descriptor, me.encode())
+    with contextlib.suppress(OSError):
+        os.write(descriptor, me.encode())
     os.close(descriptor)
     try:
         yield None

@@ -7,6 +7,7 @@ Source: paper, Methods, "Class-incremental CIFAR-100"; released incremental_cifa
 
 import contextlib
 import os
+import platform
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -52,6 +53,15 @@ def choose_device(name: str) -> torch.device:
             f"{torch.__version__} needs {oldest // 10}.{oldest % 10}; use device=cpu or an older PyTorch"
         )
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """The model of the GPU or of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:  # Linux; platform.processor() says nothing there
+        return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    return platform.processor() or platform.machine()
 
 
 def set_arithmetic(precision: str, deterministic: bool) -> None:

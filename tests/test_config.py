@@ -57,7 +57,7 @@ def test_a_config_in_the_released_form_loads_unchanged(tmp_path):
     path.write_text(json.dumps(settings))
     config = load_config(path)
     assert config.num_workers == 12 and config.use_cbp and config.experiment_name == "continual_backpropagation"
-    path.write_text("{}")
+    path.write_text("{}", encoding="utf-8-sig")
     assert load_config(path).experiment_name == "mine"
 
 
@@ -104,6 +104,10 @@ BAD_CONFIGS = {
     "not finite": ('{"weight_decay": Infinity}', "and finite"),
     "not a number": ('{"weight_decay": NaN}', "and finite"),
     "too large a number": ('{"stepsize": 1' + "0" * 400 + "}", "and finite"),
+    "beyond single precision": ('{"stepsize": 1e39}', "and finite in single precision"),
+    "too many epochs": ('{"epochs_per_task": 10000000000}', "from 1 to 100000"),
+    "lone surrogate": ('{"experiment_name": "\\ud800"}', "Unicode text"),
+    "name too long": ('{"experiment_name": "' + "é" * 150 + '"}', "at most 200 bytes"),
     "too many classes": ('{"num_tasks": 21}', "num_tasks 21 x classes_per_task 5 is 105 classes; CIFAR-100 has 100"),
     "too many images": ('{"train_images_per_class": 460}', "is 510; a class has 500 training images"),
     "no rate": ('{"use_cbp": true, "maturity_threshold": 5}', "use_cbp is true but replacement_rate is 0"),
@@ -150,6 +154,8 @@ BAD_COMMAND_LINES = {
     "override of an unknown key": (["--config", "c.json", "--set", "stepsiez=1"], 'did you mean "stepsize"?'),
     "override of the wrong type": (["--config", "c.json", "--set", "num_tasks=many"], 'num_tasks is "many"; it must be an integer'),
     "override out of range": (["--config", "c.json", "--set", "momentum=1"], "from 0 to below 1"),
+    "override twice": (["--config", "c.json", "--set", "stepsize=1", "stepsize=2"], 'key "stepsize" appears twice'),
+    "name too long for a folder": (["--config", "c.json", "--set", "results_dir=" + "e" * 300], "File name too long"),
     "capitalised boolean": (["--config", "c.json", "--set", "use_cbp=True"], 'use_cbp is "True"; it must be true or false'),
     "no such GPU": (["--config", "c.json", "--set", "device=cuda:99"], '"cuda:99" is not here'),
     "data set not there": (["--config", "c.json", "--set", "data_path=c.json"], "CIFAR-100 is not there"),

@@ -1,8 +1,10 @@
 """The experiment script from its command line: what it writes, and that an interruption changes none of it."""
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from conftest import ALGORITHMS, REPOSITORY, TINY, everything_in, stored_results
 
 from incremental_cifar.cifar100 import draw_synthetic_images
 from incremental_cifar.command_line import run_script
+from incremental_cifar.config import UserError
 from incremental_cifar.learning_curves import METRICS, LearningCurves
 from incremental_cifar.resnet import build_network
 from incremental_cifar.run_files import RunFiles, state_digest
@@ -165,6 +168,80 @@ def test_each_epoch_gets_the_right_images_classes_and_step_size(tmp_path, monkey
         assert transformed == (is_test and augment_test_data)
 
 
+def test_a_network_that_is_lost_in_the_last_step_is_not_called_finished(tmp_path):
+    """The loss before the update is finite; that of the evaluation after it is not."""
+    from incremental_cifar_experiment import IncrementalCIFARExperiment
+
+    class Lost(IncrementalCIFARExperiment):
+        def train_epoch(self, epoch, classes, stepsize):
+            super().train_epoch(epoch, classes, stepsize)
+            if epoch == 3:
+                torch.nn.init.constant_(self.network.fc.weight, torch.nan)
+
+    with pytest.raises(UserError, match="no longer finite in epoch 4"):
+        Lost(TINY | {"num_tasks": 1}, str(tmp_path / "run"), 0, verbose=False).run()
+    assert not (tmp_path / "run" / "experiment_indices.npy").exists()
+
+
+def test_a_signal_at_any_moment_is_honoured_with_a_checkpoint(tmp_path, monkeypatch):
+    """Even between the question whether to write a checkpoint and the question whether to stop."""
+    import incremental_cifar_experiment as script_module
+
+    class Late(script_module.StopRequest):
+        questions = 0
+
+        def __bool__(self):
+            self.questions += 1
+            if self.questions == 2:
+                self.signal_number = signal.SIGTERM
+            return super().__bool__()
+
+    monkeypatch.setattr(script_module, "stop_requests", lambda: contextlib.nullcontext(Late()))
+    experiment = script_module.IncrementalCIFARExperiment(dict(TINY), str(tmp_path / "run"), 0, verbose=False)
+    with pytest.raises(SystemExit):
+        experiment.run()
+    assert [epoch for epoch, _ in experiment.files.checkpoints()] == [2]
+
+
+@pytest.mark.parametrize(
+    ("deleted", "changes", "message"),
+    [
+        ("config_files", {"stepsize": 0.3}, "is of a run with other settings"),
+        ("config_files", {"network_width": 3}, "is of a run with other settings"),
+        ("config_files", {"use_cbp": True, "replacement_rate": 0.1, "maturity_threshold": 3}, "is of a run with other settings"),
+        ("model_parameters", {}, "index-0_epoch-4.pt: this model was deleted while the run was in progress"),
+        ("config_files", {}, ""),
+        ("class_order", {}, ""),
+    ],
+)
+def test_files_deleted_before_a_run_is_resumed(deleted, changes, message, tmp_path, uninterrupted, capsys):
+    """What can be written again is; settings that then cannot be compared with the config are compared with the checkpoint."""
+    import incremental_cifar_experiment as script_module
+
+    class Stopped(script_module.IncrementalCIFARExperiment):
+        def train_epoch(self, epoch, classes, stepsize):
+            if epoch == 6:
+                raise KeyboardInterrupt
+            super().train_epoch(epoch, classes, stepsize)
+
+    algorithm = "base_deep_learning_system"
+    arguments = tiny_arguments(algorithm, tmp_path, checkpoint_save_frequency=6)
+    config, index, _ = script_module.parse_arguments(arguments)
+    with pytest.raises(KeyboardInterrupt):
+        Stopped(config.to_dict(), str(tmp_path / algorithm), index, verbose=False).run()
+    shutil.rmtree(tmp_path / algorithm / deleted)
+    before = everything_in(tmp_path)
+    status = run_script(script_module.main, tiny_arguments(algorithm, tmp_path, checkpoint_save_frequency=6, **changes))
+    error = capsys.readouterr().err.splitlines()[-1]
+    if message:
+        assert status == 2 and error.startswith("error: ") and message in error
+        assert not (tmp_path / algorithm / "experiment_indices.npy").exists()
+        assert not changes or everything_in(tmp_path) == before
+    else:
+        assert status == 0
+        assert stored_results(tmp_path / algorithm) == stored_results(uninterrupted(algorithm))
+
+
 def test_early_stopping_goes_back_to_the_first_best_epoch(tmp_path, monkeypatch):
     """The stored network is the one of the epoch with the task's best validation accuracy; of equals, the first."""
     import incremental_cifar_experiment as script_module
@@ -173,8 +250,8 @@ def test_early_stopping_goes_back_to_the_first_best_epoch(tmp_path, monkeypatch)
     states = []
 
     class Recorded(script_module.IncrementalCIFARExperiment):
-        def evaluate_epoch(self, epoch, classes):
-            super().evaluate_epoch(epoch, classes)
+        def evaluate_epoch(self, epoch, classes, stepsize):
+            super().evaluate_epoch(epoch, classes, stepsize)
             states.append({name: tensor.clone() for name, tensor in self.network.state_dict().items()})
             return next(accuracies)
 
@@ -205,7 +282,8 @@ def test_resets_at_the_end_of_a_task(tmp_path, setting, kept):
     stored = [torch.load(tmp_path / "run" / "model_parameters" / f"index-0_epoch-{epoch}.pt", weights_only=True) for epoch in (4, 8)]
     assert not torch.equal(after[0]["fc.weight"], stored[0]["fc.weight"]) and (after[0]["fc.bias"] == 0).all()
     assert torch.equal(after[0]["layer3.0.conv1.weight"], stored[0]["layer3.0.conv1.weight"]) == kept
-    assert torch.equal(after[0]["bn1.running_mean"], stored[0]["bn1.running_mean"]) == kept
+    assert torch.equal(after[0]["bn1.weight"], torch.ones(2)) != kept
+    assert torch.equal(after[0]["bn1.running_mean"], stored[0]["bn1.running_mean"])  # as released
     assert all(torch.equal(after[1][name], tensor) for name, tensor in stored[1].items())
     assert experiment.largest_momentum > 0
 

@@ -99,8 +99,9 @@ def test_initialise_draws_a_trained_network_anew():
     state = network.state_dict()
     assert state["layer3.0.conv2.weight"].std().item() == pytest.approx((2 / (16 * 9)) ** 0.5, rel=0.05)  # gain of a ReLU, fan in
     assert state["fc.weight"].std().item() == pytest.approx((1 / 32) ** 0.5, rel=0.05)  # gain of a linear unit
-    assert (state["bn1.weight"] == 1).all() and (state["bn1.running_var"] == 1).all()
-    assert all((state[name] == 0).all() for name in ("bn1.bias", "bn1.running_mean", "conv1.bias", "fc.bias", "layer2.0.downsample.0.bias"))
+    assert (state["bn1.weight"] == 1).all()
+    assert (state["bn1.running_mean"] == 3).all() and (state["bn1.running_var"] == 3).all()  # as released
+    assert all((state[name] == 0).all() for name in ("bn1.bias", "conv1.bias", "fc.bias", "layer2.0.downsample.0.bias"))
     again = build_network(3, width=4)
     initialise(again, torch.Generator().manual_seed(1))
-    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in state.items())
+    assert all(torch.equal(again.state_dict()[name], parameter) for name, parameter in network.named_parameters())

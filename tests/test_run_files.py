@@ -102,6 +102,32 @@ def test_the_older_checkpoint_stays_if_the_new_one_cannot_be_read_back(tmp_path,
     assert files.load_checkpoint() == {"epoch": 2}
 
 
+def test_a_damaged_later_checkpoint_does_not_count_as_kept(tmp_path):
+    files = RunFiles(tmp_path, 0)
+    for epoch in (1, 2):
+        files.save_checkpoint(epoch, {"epoch": epoch})
+    write_file(files.checkpoint_file(9), b"damaged")
+    files.save_checkpoint(3, {"epoch": 3})
+    assert [epoch for epoch, _ in files.checkpoints()] == [2, 3]
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    files, other = RunFiles(tmp_path, 1), RunFiles(tmp_path, 11)
+    for run in (files, other):
+        run.checkpoint_folder.mkdir(exist_ok=True)
+        partial = run.checkpoint_folder / f".index-{run.index}_epoch-5.pt.partial"
+        partial.write_bytes(b"half")
+    with files.locked():
+        assert os.listdir(files.checkpoint_folder) == [".index-11_epoch-5.pt.partial"]
+
+
+@pytest.mark.parametrize("stored", [np.array([0.5]), np.array(["0"])])
+def test_lists_of_finished_runs_hold_integers(tmp_path, stored):
+    np.save(tmp_path / "experiment_indices.npy", stored)
+    with pytest.raises(UserError, match="expected integers"):
+        RunFiles(tmp_path, 0).finished_indices()
+
+
 def test_digests_see_every_value_type_shape_and_name():
     state = {"a": torch.zeros(2, 3), "b": [1, 2.0, "x", None], "c": {"d": torch.tensor(1)}}
     variants = [

@@ -147,7 +147,7 @@ def test_step_sizes_of_the_paper_and_of_short_tasks():
     assert sizes[60] == sizes[119] == pytest.approx(0.02)
     assert sizes[120] == sizes[159] == pytest.approx(0.004)
     assert sizes[160] == sizes[199] == pytest.approx(0.0008)
-    assert stepsize_at(199, 200, 0.01) == pytest.approx(0.00008)  # the released code rounds this to 0.00008 too, but 0.001 to 0.00001
+    assert stepsize_at(199, 200, 0.001) == pytest.approx(0.000008)  # the released code rounds this to 0.00001
     assert [stepsize_at(epoch, 8, 1.0) for epoch in range(8)] == pytest.approx([1, 1, 1, 0.2, 0.2, 0.04, 0.04, 0.008])
     assert stepsize_at(0, 1, 0.1) == 0.1
 
