@@ -4,22 +4,24 @@
 
 Analyses every finished run of the experiment in that folder, of this project or of the released code; `--experiment-index` also takes
 runs in progress. Of a run with 20 tasks of 200 epochs, the network stored at epoch 200 i (i = 0..19) is shown 1,000 training images of
-task i's classes, which it has not met yet ("next task"), and 1,000 of all classes before them ("previous tasks"). About three minutes per
-run on two CPU cores. Index K's results appear beside its metrics, float32, a value per task, NaN where a run in
-progress has no model yet:
+task i's classes, which it has not met yet ("next task"), and 1,000 of all classes before them ("previous tasks"). About three minutes for
+such a run, measured: 177 s for a full-width one on real CIFAR-100 on two CPU cores. A model analysed before with the same settings is not
+analysed again. Index K's results appear beside its metrics, float32, a value per task, NaN where a run in progress has no model yet:
 
     weight_magnitude_analysis/index-K.npy                                     mean |parameter|
     {next_task,previous_tasks}_dormant_units_analysis/index-K.npy             fraction of all units; previous tasks of task 0: 0
     {next_task,previous_tasks}_effective_rank_analysis/index-K.npy            of the last hidden layer (512 units); as above
     {next_task,previous_tasks}_stable_rank_analysis/index-K.npy               likewise
     accuracy_per_class_in_order/index-K.npy                                   of the final network: a fraction per class, in class order
-    analysis_settings/index-K.json                                            what they were computed with; written last: complete
+    analysis_settings/index-K.json                                            with which settings, from which models (SHA-256); written last
 
 Source: paper, Methods, "Class-incremental CIFAR-100"; released incremental_cifar/post_run_analysis.py.
 """
 
 import argparse
+import contextlib
 import functools
+import hashlib
 import json
 import os
 import re
@@ -81,17 +83,13 @@ class Run(NamedTuple):
     class_order: np.ndarray  # (100,)
     num_tasks_here: int  # tasks 0, 1, ... whose first network is stored
     has_final_network: bool
-    settings: dict[str, Any]  # what decides whether stored results are those that this command asks for
+    settings: dict[str, Any]  # what decides whether stored results are those that this command asks for, but the models
+    model_digests: list[str]  # SHA-256 of the files of tasks 0, 1, ... and, in a finished run, of the final network
 
     @property
     def classes(self) -> np.ndarray:
         """All classes of the run, in the order in which it meets them: 100 at the paper's sizes."""
         return self.class_order[: self.sizes.num_classes_seen(self.sizes.num_tasks - 1)]
-
-    @property
-    def num_analyses(self) -> int:
-        """Steps of the progress bar: two sets of images per task, one for the first, and the test images for the final network."""
-        return 2 * self.num_tasks_here - 1 + self.has_final_network
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,20 +102,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         find_run(folder, index, parsed.dormant_unit_threshold, parsed.batch_norm)
         for index in choose_indices(folder, parsed.experiment_index)
     ]
-    results = [None if parsed.overwrite else load_results(run) for run in runs]
+    results = [no_results(run) if parsed.overwrite else load_results(run) for run in runs]
+    missing = [missing_tasks(run, stored) for run, stored in zip(runs, results, strict=True)]
+    for run, tasks in zip(runs, missing, strict=True):
+        if tasks:
+            check_destinations(run)
     load_images_once = functools.lru_cache(maxsize=1)(load_images)  # the runs of an experiment share them
-    num_analyses = sum(run.num_analyses for run, stored in zip(runs, results, strict=True) if stored is None)
+    # Two sets of images per task, one for the first, and the test images for the final network.
+    num_analyses = sum(2 if 0 < task < run.sizes.num_tasks else 1 for run, tasks in zip(runs, missing, strict=True) for task in tasks)
     with tqdm(total=num_analyses, desc="analyses", unit="", leave=False, disable=None, dynamic_ncols=True) as progress:
-        for run, stored in zip(runs, results, strict=True):
-            if stored is None:
+        for run, stored, tasks in zip(runs, results, missing, strict=True):
+            if tasks:
                 sizes = run.sizes
                 train_images_per_class = sizes.validation_images_per_class + sizes.train_images_per_class
                 data_path = os.path.expanduser(parsed.data_path)
                 images = load_images_once(sizes.dataset, data_path, train_images_per_class, sizes.test_images_per_class)
                 train_set, test_set = (ImageSet(split, device) for split in images)
-                new = analyse_run(run, train_set, test_set, parsed.dormant_unit_threshold, parsed.batch_norm, progress)
-                save_results(run, new)
-                tqdm.write(describe_results(run, new, "analysed"))
+                analyse_run(run, stored, tasks, train_set, test_set, parsed.dormant_unit_threshold, parsed.batch_norm, progress)
+                save_results(run, stored)
+                tqdm.write(describe_results(run, stored, "analysed"))
             else:
                 tqdm.write(describe_results(run, stored, "analysed before with these settings (--overwrite does it again)"))
     return 0
@@ -205,11 +208,30 @@ def choose_indices(folder: Path, wanted: str | None) -> list[int]:
                 f"{folder}: no stored models of index {_listed(missing)} in model_parameters/; there are those of {_listed(stored_indices)}"
             )
         return wanted_indices
-    finished = RunFiles(folder, 0).finished_indices()
+    finished = finished_indices(folder)
+    if without_models := [index for index in finished if index not in stored_indices]:
+        raise UserError(
+            f"{RunFiles(folder, 0).indices_file}: names index {_listed(without_models)} as finished, but model_parameters/ holds no "
+            f"index-{without_models[0]}_epoch-*.pt; restore the models, or name the runs to analyse, as in --experiment-index "
+            f"{stored_indices[0]}"
+        )
     if not finished:
         raise UserError(
             f"{folder}: no run is finished yet; unfinished: {_listed(stored_indices)}; name them to analyse them as far as they are, as in "
             f"--experiment-index {stored_indices[0]}"
+        )
+    return finished
+
+
+def finished_indices(folder: Path) -> list[int]:
+    """The indices that an experiment's list names as finished, sorted. Raises UserError if it cannot be read or one cannot be an index."""
+    files = RunFiles(folder, 0)
+    if files.indices_file.exists() and not files.indices_file.is_file():
+        raise UserError(f"{files.indices_file}: the list of finished runs is not a file")
+    finished = files.finished_indices()
+    if impossible := [index for index in finished if index not in range(NUM_SEEDS)]:
+        raise UserError(
+            f"{files.indices_file}: the list of finished runs names {_listed(impossible)}; an index is an integer from 0 to {NUM_SEEDS - 1}"
         )
     return finished
 
@@ -234,8 +256,8 @@ def find_run(folder: Path, index: int, dormant_unit_threshold: float, batch_norm
     """Read and check everything of a run but the contents of its models. Raises UserError, naming the file."""
     files = RunFiles(folder, index)
     experiment_seed(index)  # raises for an index that cannot be
-    sizes = load_sizes(files)
-    is_finished = index in files.finished_indices()
+    sizes, network_width = load_sizes(files)
+    is_finished = index in finished_indices(folder)
     class_order = load_class_order(files, is_finished)
 
     epochs = stored_models(folder).get(index, set())
@@ -249,33 +271,39 @@ def find_run(folder: Path, index: int, dormant_unit_threshold: float, batch_norm
     last = expected[-1] if is_finished else max(epochs)
     for epoch in expected:
         if epoch <= last and epoch not in epochs:
-            reason = "of a finished run" if is_finished else f"though that of epoch {last} is"
+            reason = f"though {files.indices_file.name} says that the run is finished" if is_finished else f"though that of epoch {last} is"
             raise UserError(f"{files.model_file(epoch)}: this model is not there, {reason}; restore it, or leave index {index} out")
-    epochs_here = sorted(epochs)
+    digests = [model_digest(files.model_file(epoch)) for epoch in sorted(epochs)]
     settings = {
         "dormant_unit_threshold": dormant_unit_threshold,
         "batch_norm": batch_norm,
         "images": NUM_ANALYSED_IMAGES,
         **{key: getattr(sizes, key) for key in SIZE_KEYS},
-        "model_epochs": epochs_here,
+        "network_width": network_width,
+        "class_order_sha256": hashlib.sha256(class_order.tobytes()).hexdigest(),
     }
-    return Run(files, sizes, class_order, min(len(epochs_here), sizes.num_tasks), expected[-1] in epochs, settings)
+    return Run(files, sizes, class_order, min(len(epochs), sizes.num_tasks), expected[-1] in epochs, settings, digests)
 
 
-def load_sizes(files: RunFiles) -> Config:
-    """The sizes a run was started with, the paper's where the stored config names none or is not there. Raises UserError.
+def load_sizes(files: RunFiles) -> tuple[Config, int | None]:
+    """The sizes a run was started with, the paper's where the stored config names none or is not there; and the width, if it is stored.
 
-    Other keys are passed over: the released code stores settings, and its running state, that this project does not know.
+    Raises UserError. Other keys are passed over: the released code stores settings, and its running state, that this project does not
+    know.
     """
     settings = {}
-    if files.config_file.exists():
+    if os.path.lexists(files.config_file):
         try:
+            if not files.config_file.is_file():
+                raise ValueError("not a file")
             settings = json.loads(files.config_file.read_text(encoding="utf-8"))
             if not isinstance(settings, dict):
                 raise ValueError("not an object of keys and values")
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{files.config_file}: cannot read the stored config of this run ({error})") from None
-    return make_config({key: settings[key] for key in SIZE_KEYS if key in settings}, source=str(files.config_file))
+    known = {key: settings[key] for key in (*SIZE_KEYS, "network_width") if key in settings}
+    sizes = make_config(known, source=str(files.config_file))
+    return sizes, sizes.network_width if "network_width" in known else None
 
 
 def load_class_order(files: RunFiles, is_finished: bool) -> np.ndarray:
@@ -286,6 +314,8 @@ def load_class_order(files: RunFiles, is_finished: bool) -> np.ndarray:
     path = files.array_file("class_order")
     if not is_finished and not path.exists():
         return draw_class_order(experiment_seed(files.index))
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: the class order of this run is not a file")
     try:
         class_order = np.load(path, allow_pickle=False)
     except Exception as error:  # np.load raises many kinds, depending on where a file is damaged
@@ -295,6 +325,20 @@ def load_class_order(files: RunFiles, is_finished: bool) -> np.ndarray:
     if not is_numeric or not np.array_equal(np.sort(class_order, axis=None), np.arange(NUM_CLASSES)) or class_order.ndim != 1:
         raise UserError(f"{path}: not a class order; it must hold the labels 0 to {NUM_CLASSES - 1}, each once")
     return class_order.astype(np.int64)
+
+
+def model_digest(path: Path) -> str:
+    """SHA-256 of a model's file. Raises UserError if it cannot be read."""
+    if not path.is_file():
+        raise UserError(f"{path}: this model is not a file")
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise UserError(f"{path}: this model cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
 
 
 def load_model(path: Path, network: ResNet18 | None, random_seed: int, device: torch.device) -> ResNet18:
@@ -341,20 +385,33 @@ def _shape(tensor: Tensor | None) -> str:
 
 @torch.no_grad()
 def analyse_run(
-    run: Run, train_set: ImageSet, test_set: ImageSet, dormant_unit_threshold: float, batch_norm: str, progress: tqdm
-) -> dict[str, np.ndarray]:
-    """All metrics of a run, by the names of their folders: (num_tasks,) float32 each, the accuracy per class a value per class seen.
+    run: Run,
+    results: dict[str, np.ndarray],
+    tasks: Sequence[int],
+    train_set: ImageSet,
+    test_set: ImageSet,
+    dormant_unit_threshold: float,
+    batch_norm: str,
+    progress: tqdm,
+) -> None:
+    """Fill in the results of a run for these tasks: see `no_results` and `missing_tasks`.
 
     train_set, test_set: the images of all classes, on the device of the analysis. The images shown to a network are drawn from a generator
     of the run's seed and the task: the same for every algorithm, and every time. Raises UserError if a model cannot be used.
     """
     sizes = run.sizes
     random_seed = experiment_seed(run.files.index)
-    results = {metric: np.full(sizes.num_tasks, np.nan, dtype=np.float32) for metric in TASK_METRICS}
     network = None
-    for task in range(run.num_tasks_here):
+    for task in tasks:
         path = run.files.model_file(task * sizes.epochs_per_task)
         network = load_model(path, network, random_seed, train_set.device)
+        stored_width, width = run.settings["network_width"], network.conv1.out_channels
+        if stored_width not in (None, width):
+            raise UserError(f"{path}: a model of network_width {width}, but {run.files.config_file} says {stored_width}")
+        if task == sizes.num_tasks:
+            results[ACCURACY_PER_CLASS] = final_accuracies(network, test_set, run.classes, path)
+            progress.update()
+            continue
         results[WEIGHT_MAGNITUDE][task] = weight_magnitude(network)
         num_previous = sizes.classes_per_task * task
         num_seen = sizes.num_classes_seen(task)
@@ -377,11 +434,6 @@ def analyse_run(
                 progress.update()
             for metric, value in zip(UNIT_METRICS, values, strict=True):
                 results[f"{shown}_{metric}_analysis"][task] = value
-    if run.has_final_network:
-        network = load_model(run.files.model_file(sizes.num_epochs), network, random_seed, test_set.device)
-        results[ACCURACY_PER_CLASS] = final_accuracies(network, test_set, run.classes)
-        progress.update()
-    return results
 
 
 def draw_images(image_set: ImageSet, classes: np.ndarray, generator: torch.Generator) -> Tensor:
@@ -391,12 +443,17 @@ def draw_images(image_set: ImageSet, classes: np.ndarray, generator: torch.Gener
     return image_set.get(indices[chosen].to(image_set.device))[0]
 
 
-def final_accuracies(network: ResNet18, test_set: ImageSet, classes: np.ndarray) -> np.ndarray:
-    """Accuracy on the test images of each of these classes, in their order, with the running statistics: (k,) float32."""
+def final_accuracies(network: ResNet18, test_set: ImageSet, classes: np.ndarray, path: Path) -> np.ndarray:
+    """Accuracy on the test images of each of these classes, in their order, with the running statistics: (k,) float32.
+
+    Raises UserError, naming the network's file, if its outputs are not finite.
+    """
     network.eval()
     indices = test_set.indices_of(classes).to(test_set.device)
-    logits = [network(test_set.get(batch)[0])[0] for batch in indices.split(IMAGES_PER_CHUNK)]
-    return accuracy_per_class(torch.cat(logits), test_set.labels(indices), classes)
+    logits = torch.cat([network(test_set.get(batch)[0])[0] for batch in indices.split(IMAGES_PER_CHUNK)])  # (n, 100)
+    if not torch.isfinite(logits).all():
+        raise UserError(f"{path}: the outputs of this network are not finite, so it has no accuracy; the run diverged")
+    return accuracy_per_class(logits, test_set.labels(indices), classes)
 
 
 # --- Results ---------------------------------------------------------------------------------------------------------------------
@@ -406,19 +463,62 @@ def settings_file(files: RunFiles) -> Path:
     return files.folder / "analysis_settings" / f"index-{files.index}.json"
 
 
-def load_results(run: Run) -> dict[str, np.ndarray] | None:
-    """The stored results of a run if they are whole and were computed with the settings asked for, otherwise None."""
+def no_results(run: Run) -> dict[str, np.ndarray]:
+    """Results, all of them NaN, by the names of their folders: (num_tasks,) float32 each; of a final network, a value per class."""
+    lengths = dict.fromkeys(TASK_METRICS, run.sizes.num_tasks)
+    if run.has_final_network:
+        lengths[ACCURACY_PER_CLASS] = len(run.classes)
+    return {metric: np.full(length, np.nan, dtype=np.float32) for metric, length in lengths.items()}
+
+
+def load_results(run: Run) -> dict[str, np.ndarray]:
+    """The stored results that were computed from the models there now, with the settings asked for; NaN where there are none."""
+    results, num_tasks = no_results(run), run.sizes.num_tasks
+    is_kept = np.zeros(num_tasks + 1, dtype=bool)  # per task, and of the final network
     try:
-        if json.loads(settings_file(run.files).read_text(encoding="utf-8")) != run.settings:
-            return None
-        lengths = dict.fromkeys(TASK_METRICS, run.sizes.num_tasks)
-        if run.has_final_network:
-            lengths[ACCURACY_PER_CLASS] = len(run.classes)
-        results = {metric: np.load(run.files.array_file(metric), allow_pickle=False) for metric in lengths}
+        stored_settings = json.loads(_file(settings_file(run.files)).read_text(encoding="utf-8"))
+        stored_digests = stored_settings.pop("model_sha256")
+        # There may be more models by now. If there are fewer, the run was started again, and nothing stored is kept.
+        if stored_settings == run.settings and len(stored_digests) <= len(run.model_digests):
+            for task, (stored, present) in enumerate(zip(stored_digests, run.model_digests, strict=False)):
+                is_kept[task] = stored == present
     except Exception:  # not there, or damaged in one of many ways: it is computed again
-        return None
-    is_whole = all(results[metric].shape == (length,) and results[metric].dtype == np.float32 for metric, length in lengths.items())
-    return results if is_whole else None
+        return results
+    for metric, array in results.items():
+        with contextlib.suppress(Exception):  # as above
+            stored = np.load(_file(run.files.array_file(metric)), allow_pickle=False)
+            if stored.shape == array.shape and stored.dtype == array.dtype:
+                array[:] = np.where(is_kept[num_tasks] if metric == ACCURACY_PER_CLASS else is_kept[:num_tasks], stored, array)
+    return results
+
+
+def _file(path: Path) -> Path:
+    if not path.is_file():  # a pipe, say, would keep its reader waiting
+        raise FileNotFoundError(path)
+    return path
+
+
+def missing_tasks(run: Run, results: dict[str, np.ndarray]) -> list[int]:
+    """The tasks there whose results are not, or not finite; after the last task, the number of tasks stands for the final network."""
+    tasks = [task for task in range(run.num_tasks_here) if not all(np.isfinite(results[metric][task]) for metric in TASK_METRICS)]
+    if run.has_final_network and not np.isfinite(results[ACCURACY_PER_CLASS]).all():
+        tasks.append(run.sizes.num_tasks)
+    return tasks
+
+
+def check_destinations(run: Run) -> None:
+    """Raise UserError if a result of this run could not be written, so that this is known before the work."""
+    for path in (settings_file(run.files), *(run.files.array_file(metric) for metric in no_results(run))):
+        folder = path.parent if os.path.lexists(path.parent) else run.files.folder
+        reason = None
+        if not folder.is_dir():
+            reason = f"{folder.name} is not a folder"
+        elif not os.access(folder, os.W_OK | os.X_OK):
+            reason = f"no permission to write in {folder.name}/"
+        elif path.exists() and not path.is_file():
+            reason = "what has its name is not a file"
+        if reason:
+            raise UserError(f"{path}: cannot write this file ({reason})")
 
 
 def save_results(run: Run, results: dict[str, np.ndarray]) -> None:
@@ -428,7 +528,11 @@ def save_results(run: Run, results: dict[str, np.ndarray]) -> None:
         write_file(path, b"{}\n")  # until the new results are there whole, what is stored belongs to no settings
     for metric, array in results.items():
         write_file(run.files.array_file(metric), array_bytes(array))
-    write_file(path, (json.dumps(run.settings, indent=1) + "\n").encode())
+    if not run.has_final_network:
+        with contextlib.suppress(OSError):  # of an earlier run: this one has no such accuracy yet
+            run.files.array_file(ACCURACY_PER_CLASS).unlink(missing_ok=True)
+    content = {**run.settings, "model_sha256": run.model_digests}
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def describe_results(run: Run, results: dict[str, np.ndarray], done: str) -> str:

@@ -13,6 +13,7 @@ import incremental_cifar_experiment
 import post_run_analysis
 from incremental_cifar.cifar100 import draw_synthetic_images, normalise
 from incremental_cifar.command_line import run_script
+from incremental_cifar.config import UserError
 from incremental_cifar.resnet import ResNet18, build_network
 from incremental_cifar.run_files import RunFiles
 from incremental_cifar.seeds import draw_class_order, experiment_seed
@@ -162,17 +163,107 @@ def test_other_settings_and_damaged_results_are_computed_again(experiment, capsy
     assert all(np.array_equal(array, first[metric]) for metric, array in analysis_of(experiment).items())
 
 
-def test_a_write_that_fails_leaves_no_settings_that_claim_the_old_results(experiment, capsys):
+@pytest.fixture
+def analysed_tasks(monkeypatch):
+    """The tasks that each call of the analysis computed, three being the final network of a tiny run; each call adds a list."""
+    calls = []
+    analyse_run = post_run_analysis.analyse_run
+
+    def noting_analyse_run(run, results, tasks, *arguments):
+        calls.append(list(tasks))
+        analyse_run(run, results, tasks, *arguments)
+
+    monkeypatch.setattr(post_run_analysis, "analyse_run", noting_analyse_run)
+    return calls
+
+
+def test_other_models_are_analysed_again_and_only_they(experiment, capsys, analysed_tasks):
     assert analyse(experiment) == 0
-    blocked = experiment / "previous_tasks_stable_rank_analysis"
-    shutil.rmtree(blocked)
-    blocked.write_text("a file where a folder belongs")
+    change_model(experiment, lambda state: {**state, "fc.weight": 2 * state["fc.weight"]})
+    assert analyse(experiment) == 0
+    assert "analysed before" not in capsys.readouterr().out
+    part = analysis_of(experiment)
+    change_model(experiment, lambda state: {**state, "fc.weight": 3 * state["fc.weight"]}, NUM_TASKS * EPOCHS)
+    assert analyse(experiment) == 0
+    assert analysed_tasks == [[0, 1, 2, 3], [1], [3]]
+    after = analysis_of(experiment)
+    assert all(np.array_equal(part[metric], after[metric]) for metric in TASK_METRICS)
+    assert analyse(experiment, "--overwrite") == 0
+    assert all(np.array_equal(array, after[metric]) for metric, array in analysis_of(experiment).items())
+
+
+def test_a_run_started_again_keeps_nothing_of_the_one_before(experiment, analysed_tasks):
+    assert analyse(experiment) == 0
+    before = analysis_of(experiment)
+    make_unfinished(experiment, last_epoch=0)  # the initial network is the same one
+    assert analyse(experiment, "--experiment-index", "0") == 0
+    results = analysis_of(experiment)
+    assert set(results) == set(TASK_METRICS)
+    for metric, array in results.items():
+        assert array[0] == before[metric][0] and np.isnan(array[1:]).all()
+    assert analyse(experiment, "--experiment-index", "0") == 0
+    assert analysed_tasks == [[0, 1, 2, 3], [0]]
+
+
+def test_another_class_order_is_analysed_again(experiment, analysed_tasks):
+    assert analyse(experiment) == 0
+    save_class_order(experiment, np.load(experiment / "class_order" / "index-0.npy")[::-1])
+    assert analyse(experiment) == 0
+    assert analysed_tasks == [[0, 1, 2, 3]] * 2
+
+
+def test_results_that_are_not_finite_are_computed_again(experiment, analysed_tasks):
+    assert analyse(experiment) == 0
+    first = analysis_of(experiment)
+    for metric, place in (("weight_magnitude_analysis", 1), (ACCURACY_PER_CLASS, 0)):
+        array = first[metric].copy()
+        array[place] = np.nan
+        np.save(experiment / metric / "index-0.npy", array)
+    assert analyse(experiment) == 0
+    assert analysed_tasks == [[0, 1, 2, 3], [1, 3]]
+    assert all(np.array_equal(array, first[metric]) for metric, array in analysis_of(experiment).items())
+
+
+@pytest.mark.parametrize("blocked", ["folder", "file", "settings"])
+def test_what_cannot_be_written_is_known_before_the_work(blocked, experiment, capsys, analysed_tasks):
+    assert analyse(experiment) == 0
+    path = experiment / "previous_tasks_stable_rank_analysis"
+    if blocked == "folder":
+        shutil.rmtree(path)
+        path.write_text("a file where a folder belongs")
+    else:
+        path = experiment / "analysis_settings" / "index-0.json" if blocked == "settings" else path / "index-0.npy"
+        path.unlink()
+        path.mkdir()
+    message = refused(experiment, capsys, "--batch_norm", "running")
+    assert str(path) in message and "cannot write this file" in message
+    assert len(analysed_tasks) == 1
+
+
+def test_a_pipe_among_the_results_keeps_nobody_waiting(experiment, capsys):
+    assert analyse(experiment) == 0
+    path = experiment / "weight_magnitude_analysis" / "index-0.npy"
+    path.unlink()
+    os.mkfifo(path)
+    assert "what has its name is not a file" in refused(experiment, capsys)
+
+
+def test_a_write_that_fails_leaves_no_settings_that_claim_the_old_results(experiment, capsys, monkeypatch):
+    assert analyse(experiment) == 0
+    write_file = post_run_analysis.write_file
+
+    def full_disk(path, content):
+        if path.parent.name == "previous_tasks_stable_rank_analysis":
+            raise UserError(f"{path}: cannot write this file (no space)")
+        write_file(path, content)
+
+    monkeypatch.setattr(post_run_analysis, "write_file", full_disk)
     assert analyse(experiment, "--batch_norm", "running") == 2
-    assert str(blocked) in capsys.readouterr().err
+    assert "no space" in capsys.readouterr().err
     assert json.loads((experiment / "analysis_settings" / "index-0.json").read_text()) == {}
 
 
-def test_a_run_in_progress_is_analysed_as_far_as_it_is(experiment, capsys):
+def test_a_run_in_progress_is_analysed_as_far_as_it_is(experiment, capsys, analysed_tasks):
     assert analyse(experiment) == 0
     whole = analysis_of(experiment)
     finished = Path(shutil.copytree(experiment, experiment.parent / "finished"))
@@ -195,6 +286,7 @@ def test_a_run_in_progress_is_analysed_as_far_as_it_is(experiment, capsys):
     assert analyse(experiment, "--experiment-index", "0") == 0
     assert "analysed before" not in capsys.readouterr().out
     assert all(np.array_equal(array, whole[metric]) for metric, array in analysis_of(experiment).items())
+    assert analysed_tasks == [[0, 1, 2, 3], [0, 1], [2, 3]]  # three: the final network
 
 
 def test_runs_are_chosen_by_index_and_the_others_left_alone(experiment, capsys):
@@ -213,6 +305,14 @@ def test_runs_are_chosen_by_index_and_the_others_left_alone(experiment, capsys):
     capsys.readouterr()
     assert analyse(experiment) == 2
     assert "no run is finished yet; unfinished: 0, 1, 2" in capsys.readouterr().err
+
+
+def test_a_listed_run_without_models_leaves_the_others_to_be_named(experiment, capsys):
+    np.save(experiment / "experiment_indices.npy", np.array([0, 4, 7]))
+    message = refused(experiment, capsys)
+    assert "experiment_indices.npy: names index 4, 7 as finished, but model_parameters/ holds no index-4_epoch-*.pt" in message
+    assert analyse(experiment, "--experiment-index", "0") == 0
+    assert len(analysis_of(experiment)) == 8
 
 
 # --- The released code's results -------------------------------------------------------------------------------------------------
@@ -282,6 +382,15 @@ def save_class_order(folder, content, allow_pickle=False):
     np.save(folder / "class_order" / "index-0.npy", content, allow_pickle=allow_pickle)
 
 
+def save_indices(folder, indices):
+    np.save(folder / "experiment_indices.npy", np.array(indices))
+
+
+def make_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 def change_config(folder, **settings):
     path = folder / "config_files" / "index-0.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
@@ -297,7 +406,21 @@ BAD_FOLDERS = {
     "no models": (lambda f: shutil.rmtree(f / "model_parameters"), "no stored models"),
     "nothing finished": (lambda f: (f / "experiment_indices.npy").unlink(), "unfinished: 0; name them"),
     "list of finished runs damaged": (lambda f: (f / "experiment_indices.npy").write_bytes(b"\x93NUMPY"), "experiment_indices.npy"),
-    "finished run without its last model": (lambda f: model(f, 12).unlink(), "index-0_epoch-12.pt: this model is not there"),
+    "list of finished runs is a pipe": (lambda f: make_pipe(f / "experiment_indices.npy"), "the list of finished runs is not a file"),
+    "list of finished runs with -1": (lambda f: save_indices(f, [0, -1]), "experiment_indices.npy: the list of finished runs names -1;"),
+    "list of finished runs with 10^9": (
+        lambda f: save_indices(f, [10**9]),
+        "experiment_indices.npy: the list of finished runs names 1000000000",
+    ),
+    "list of finished runs with 0.5": (
+        lambda f: save_indices(f, [0.5]),
+        "experiment_indices.npy: cannot read the list of finished runs (expected integers",
+    ),
+    "finished run without its last model": (
+        lambda f: model(f, 12).unlink(),
+        "index-0_epoch-12.pt: this model is not there, though experiment_indices.npy says",
+    ),
+    "model is a pipe": (lambda f: make_pipe(model(f, 8)), "index-0_epoch-8.pt: this model is not a file"),
     "model missing in the middle": (lambda f: model(f, 4).unlink(), "index-0_epoch-4.pt: this model is not there"),
     "model truncated": (lambda f: truncate(model(f, 8)), "index-0_epoch-8.pt: this model cannot be read"),
     "model is text": (lambda f: model(f, 8).write_text("hello"), "index-0_epoch-8.pt: this model cannot be read"),
@@ -323,6 +446,14 @@ BAD_FOLDERS = {
         lambda f: change_model(f, lambda s: {**s, "layer4.1.conv2.weight": torch.full_like(s["layer4.1.conv2.weight"], 3e38)}),
         "activations of this network are not finite",
     ),
+    "outputs not finite": (
+        lambda f: change_model(f, lambda s: {**s, "fc.weight": torch.full_like(s["fc.weight"], 3e38)}, 12),
+        "index-0_epoch-12.pt: the outputs of this network are not finite",
+    ),
+    "class order is a pipe": (
+        lambda f: make_pipe(f / "class_order" / "index-0.npy"),
+        "index-0.npy: the class order of this run is not a file",
+    ),
     "class order missing": (lambda f: (f / "class_order" / "index-0.npy").unlink(), "class order of this run is not there"),
     "class order truncated": (lambda f: truncate(f / "class_order" / "index-0.npy"), "class order of this run cannot be read"),
     "class order with a repeat": (lambda f: save_class_order(f, np.arange(100) // 2 * 2), "not a class order"),
@@ -330,6 +461,12 @@ BAD_FOLDERS = {
     "class order with two dimensions": (lambda f: save_class_order(f, np.arange(100).reshape(10, 10)), "not a class order"),
     "class order of words": (lambda f: save_class_order(f, np.array(["a"] * 100)), "not a class order"),
     "config not JSON": (lambda f: (f / "config_files" / "index-0.json").write_text("{"), "cannot read the stored config"),
+    "config is a pipe": (
+        lambda f: make_pipe(f / "config_files" / "index-0.json"),
+        "cannot read the stored config of this run (not a file)",
+    ),
+    "config of another width": (lambda f: change_config(f, network_width=4), "index-0_epoch-0.pt: a model of network_width 2, but"),
+    "config with a wrong width": (lambda f: change_config(f, network_width="wide"), 'network_width is "wide"'),
     "config with a wrong size": (lambda f: change_config(f, num_tasks="three"), 'num_tasks is "three"'),
     "config of a shorter run": (lambda f: change_config(f, num_tasks=2), "a model of epoch 12 cannot be in a run of 2 tasks of 4 epochs"),
     "config of a longer run": (lambda f: change_config(f, num_tasks=4), "index-0_epoch-16.pt: this model is not there"),
