@@ -65,6 +65,7 @@ class RunFiles:
         """The config this run was started with, or None if it was not. Raises UserError if the file is not a config."""
         if not self.config_file.exists():
             return None
+        _require_plain_file(self.config_file)
         return make_config(read_json(self.config_file), source=str(self.config_file), experiment_name=self.folder.name)
 
     # --- metrics ---
@@ -137,6 +138,7 @@ class RunFiles:
         """Indices of this experiment's finished runs, sorted; also from a file of the released code. Raises UserError if unreadable."""
         if not self.indices_file.exists():
             return []
+        _require_plain_file(self.indices_file)
         try:
             indices = np.load(self.indices_file, allow_pickle=False)
             if indices.dtype.kind not in "iu":
@@ -151,6 +153,11 @@ class RunFiles:
         with lock(self.folder / ".experiment_indices.lock", wait=True):
             indices = np.array(sorted({*self.finished_indices(), self.index}), dtype=np.int64)
             write_file(self.indices_file, array_bytes(indices))
+
+
+def _require_plain_file(path: Path) -> None:
+    if not path.is_file():  # a folder, or a pipe that would be waited for
+        raise UserError(f"{path}: there is something else in the place of this file; move it away")
 
 
 def array_bytes(array: np.ndarray) -> memoryview:

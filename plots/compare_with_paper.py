@@ -11,8 +11,9 @@ Where the paper's figure hides its standard error, it counts as 0 and the point 
 is no standard error, and nothing is claimed. Of points that come from the same distributions, about one in twenty disagrees by chance, more
 if there are few runs. Runs that share their indices with the paper's (0 to 14) share its class orders, so that they agree more often.
 
-Prints the table, writes comparison_with_paper.md, .png and .svg beside this script or to `--output-dir`. The exit status is 0, with
-`--strict` 1 if a point disagrees or none could be compared.
+Writes comparison_with_paper.md, .png and .svg beside this script or to `--output-dir`, then prints the table; with nothing to compare,
+writes nothing. The exit status is 0; with `--strict`, 1 if at least one point disagrees, which by chance alone is to be expected of so
+many, or none could be compared.
 """
 
 import argparse
@@ -30,17 +31,32 @@ from matplotlib.figure import Figure
 
 from incremental_cifar.command_line import OneLineArgumentParser, run_script
 from incremental_cifar.safe_files import write_file
-from plots.drawing import FULL_WIDTH, GREY, SINGLE_COLUMN, STYLE, add_axes, add_notes, new_figure, number_of_classes_axis, strokes, wrapped
-from plots.output_files import write_figure
+from plots.drawing import (
+    FULL_WIDTH,
+    GREY,
+    SINGLE_COLUMN,
+    STYLE,
+    add_axes,
+    add_notes,
+    new_figure,
+    notes_height,
+    number_of_classes_axis,
+    strokes,
+    wrapped,
+)
+from plots.output_files import check_destinations, write_figure
 from plots.published_curves import PublishedCurve, read_published_curves
 from plots.run_results import (
     ALGORITHM_LABELS,
     METRICS,
     RETRAINED,
-    MetricCurves,
+    AnalysisSettings,
+    Curve,
     Run,
+    add_output_argument,
     add_results_argument,
     algorithm_label,
+    analysis_text,
     flattened,
     indices_text,
     make_curves,
@@ -110,32 +126,30 @@ def compare(results_dir: Path, published: dict[tuple[str, str], PublishedCurve])
         runs, left_out = only_the_papers(read_runs(results_dir, metric, algorithms))
         shown = make_curves(runs, metric)
         remarks += [*left_out, *(f"{published_name}: {remark}" for remark in shown.remarks)]
-        of_algorithm = {curve.algorithm: curve for curve in shown.curves}
         needed = [*algorithms, RETRAINED] if metric.is_relative else algorithms
         if missing := [algorithm for algorithm in needed if algorithm not in runs]:
             remarks.append(f"{published_name}: nothing to compare of {', '.join(missing)}")
-        for algorithm in of_algorithm:
-            points += matching_points(published_name, shown, algorithm, published[published_name, algorithm])
+        for curve in shown.curves:
+            points += matching_points(published_name, curve, published[published_name, curve.algorithm])
     return points, list(dict.fromkeys(remarks))
 
 
 def only_the_papers(runs: dict[str, list[Run]]) -> tuple[dict[str, list[Run]], list[str]]:
-    """The runs of the paper's problem, and a remark for each group of others: they are another experiment."""
+    """The runs of the paper's problem and analysis, and a remark for each group of others."""
+    kept: dict[str, list[Run]] = {}
     groups: dict[tuple[str, str], list[int]] = {}
     for run in flattened(runs):
         if differences := size_differences(run.sizes):
-            groups.setdefault((run.algorithm, differences), []).append(run.index)
-    kept = {algorithm: [run for run in found if not size_differences(run.sizes)] for algorithm, found in runs.items()}
-    remarks = [
-        f"{algorithm}: {indices_text(indices)} left out, another experiment than the paper's ({differences})"
-        for (algorithm, differences), indices in groups.items()
-    ]
-    return {algorithm: found for algorithm, found in kept.items() if found}, remarks
+            groups.setdefault((run.algorithm, f"another experiment than the paper's ({differences})"), []).append(run.index)
+        elif run.analysis not in (None, AnalysisSettings()):
+            groups.setdefault((run.algorithm, f"analysed otherwise than the paper ({analysis_text(run.analysis)})"), []).append(run.index)
+        else:
+            kept.setdefault(run.algorithm, []).append(run)
+    return kept, [f"{algorithm}: {indices_text(indices)} left out, {reason}" for (algorithm, reason), indices in groups.items()]
 
 
-def matching_points(published_name: str, shown: MetricCurves, algorithm: str, paper: PublishedCurve) -> list[Point]:
-    """The points of an algorithm at numbers of classes where we have a run and the paper a value."""
-    curve = next(curve for curve in shown.curves if curve.algorithm == algorithm)
+def matching_points(published_name: str, curve: Curve, paper: PublishedCurve) -> list[Point]:
+    """The points of a curve at numbers of classes where we have a run and the paper a value."""
     mean, standard_error, count = mean_and_standard_error(curve.values)
     ours = {int(position): number for number, position in enumerate(curve.positions) if count[number]}
     points = []
@@ -143,7 +157,7 @@ def matching_points(published_name: str, shown: MetricCurves, algorithm: str, pa
         if (number := ours.get(int(number_of_classes))) is not None:
             our_values = float(mean[number]), float(standard_error[number]), int(count[number])
             paper_values = float(paper_mean), float(paper_standard_error), float(reading_error)
-            points.append(Point(published_name, algorithm, int(number_of_classes), *our_values, *paper_values))
+            points.append(Point(published_name, curve.algorithm, int(number_of_classes), *our_values, *paper_values))
     return points
 
 
@@ -151,7 +165,9 @@ def summary(points: Sequence[Point]) -> str:
     """One line: how many of the compared points agree, and the largest disagreement, counted in tolerances."""
     compared = [point for point in points if point.verdict != TOO_FEW]
     if not compared:
-        return "Nothing compared: " + ("one run is too few for a standard error." if points else "no run of the paper's experiment here.")
+        return "Nothing compared: " + (
+            "one run is too few for a standard error." if points else "no run of the paper's experiment here; nothing written."
+        )
     worst = max(compared, key=lambda point: point.excess)
     differing = [point for point in compared if point.verdict == DIFFERS]
     at_worst = (
@@ -284,7 +300,7 @@ def draw_differences(points: Sequence[Point], notes: Sequence[str] = ()) -> Figu
     width = min((FULL_WIDTH - left - right - gap * (len(algorithms) - 1)) / len(algorithms), 2.4)
     full_width = max(left + right + len(algorithms) * (width + gap) - gap, SINGLE_COLUMN)
     note_lines = wrapped(notes, full_width - 0.2)
-    foot = 0.08 + 0.1 * len(note_lines)
+    foot = notes_height(note_lines)
     full_height = foot + 0.42 + len(metrics) * (row_height + row_gap) + 0.2
     figure = new_figure(full_width, full_height)
     for row, metric in enumerate(metrics):
@@ -332,31 +348,37 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The arguments. Raises UserError."""
     parser = OneLineArgumentParser(description="Compare stored runs with the paper's curves.")
     add_results_argument(parser)
+    add_output_argument(parser)
     parser.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path(__file__).resolve().parent,
-        metavar="DIR",
-        help="where to write (default: beside this script)",
+        "--strict",
+        action="store_true",
+        help="exit status 1 if at least one point disagrees (at two standard errors about 1 in 20 do by chance), or none could be compared",
     )
-    parser.add_argument("--strict", action="store_true", help="exit status 1 if a point disagrees or none could be compared")
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    check_destinations(*output_paths(parsed.output_dir))
+    return parsed
+
+
+def output_paths(folder: Path) -> list[Path]:
+    """The files of a comparison: the table and the figures."""
+    return [folder / f"comparison_with_paper{suffix}" for suffix in (".md", ".png", ".svg")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     points, remarks = compare(parsed.results_dir, read_published_curves())
+    if points:
+        with rc_context(STYLE):
+            figure = draw_differences(points, [LEGEND, *(f"{remark}." for remark in remarks)])
+        table_path, *figure_paths = output_paths(parsed.output_dir)
+        write_file(table_path, markdown(points, remarks).encode())
+        write_figure(figure, *figure_paths)
+        print(f"Wrote {table_path}")
     for remark in remarks:
         print("Note: " + remark)
     if points:
         print(plain_table(COLUMNS, [table_row(point) for point in points]), end="\n\n")
         print(plain_table(OVERVIEW_COLUMNS, overview_rows(points)), end="\n\n")
-        with rc_context(STYLE):
-            figure = draw_differences(points, [LEGEND, *(f"{remark}." for remark in remarks)])
-        stem = parsed.output_dir / "comparison_with_paper"
-        write_figure(figure, stem.with_suffix(".png"), stem.with_suffix(".svg"))
-        write_file(stem.with_suffix(".md"), markdown(points, remarks).encode())
-        print(f"Wrote {stem.with_suffix('.md')}")
     print(summary(points))
     verdicts = {point.verdict for point in points}
     return 1 if parsed.strict and (DIFFERS in verdicts or AGREES not in verdicts) else 0

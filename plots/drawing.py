@@ -1,10 +1,9 @@
-"""What the figures have in common: colours, axes, curves with their bands, and names beside the curves.
+"""What the figures have in common: colours, axes, curves with their bands, and names at their ends.
 
 Figures are laid out in inches, so that text of a given size fits whatever the data are. Nothing here touches pyplot's global state: no
 window system is needed, and `rc_context(STYLE)` surrounds whatever draws.
 """
 
-import itertools
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -12,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import Collection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.text import Text
 from matplotlib.ticker import StrMethodFormatter
+from matplotlib.transforms import ScaledTranslation
 
 from plots.published_curves import PublishedCurve
 from plots.run_results import RETRAINED, Curve, algorithm_label, mean_and_standard_error
@@ -145,14 +144,34 @@ def wrapped(notes: Sequence[str], width: float) -> list[str]:
     return [line for note in notes for line in textwrap.wrap(note, int(width * 72 / NOTE_SIZE / 0.56))]
 
 
+def notes_height(lines: Sequence[str]) -> float:
+    """The inches that lines of notes take at the foot of a figure."""
+    return 0.1 * len(lines) + 0.08 * bool(lines)
+
+
 def add_notes(figure: Figure, lines: Sequence[str]) -> None:
-    """Write lines of notes at the foot of a figure; each takes 0.1 inches."""
+    """Write lines of notes at the foot of a figure."""
     if lines:
         width, height = figure.get_size_inches()
         figure.text(0.1 / width, 0.06 / height, "\n".join(lines), fontsize=NOTE_SIZE, color=GREY, va="bottom", linespacing=1.15)
 
 
 # --- Curves ----------------------------------------------------------------------------------------------------------------------
+
+
+def draw_curves(axes: Axes, curves: Sequence[Curve], stroke_of: dict[str, Stroke], line_width: float = LINE_WIDTH) -> list[Line2D]:
+    """Draw curves, the retrained network's beneath the others; return their lines in the given order.
+
+    Curves that coincide would hide each other: each further one is dashed, with gaps that show all beneath.
+    """
+    lines: dict[str, Line2D] = {}
+    for curve in sorted(curves, key=lambda curve: curve.algorithm != RETRAINED):
+        line = draw_curve(axes, curve, stroke_of[curve.algorithm], line_width)
+        beneath = sum(np.array_equal(line.get_xydata(), other.get_xydata(), equal_nan=True) for other in lines.values())
+        if beneath:
+            line.set_linestyle((0, (3, 3 * (2**beneath - 1))))
+        lines[curve.algorithm] = line
+    return [lines[curve.algorithm] for curve in curves]
 
 
 def draw_curve(axes: Axes, curve: Curve, stroke: Stroke, line_width: float = LINE_WIDTH) -> Line2D:
@@ -216,122 +235,70 @@ def published_handle() -> Line2D:
     return Line2D([], [], color=GREY, linestyle=(0, (4, 2)), linewidth=0.7, label="The paper (15 runs)")
 
 
-# --- Names beside the curves -----------------------------------------------------------------------------------------------------
-
-SPACING = 3.0  # pixels between the points that stand for a line when places for names are compared
+# --- Names at the curves' ends ---------------------------------------------------------------------------------------------------
 
 
-def label_curves(axes: Axes, lines: dict[str, Line2D], size: float = 6.5) -> list[Text] | None:
-    """Write each name beside its line, in its colour, where it covers no line, no edge of a band and no other name.
+def label_ends(axes: Axes, lines: dict[str, Line2D], size: float = 6.0) -> None:
+    """Write each name right of the axes, in its line's colour: level with the line's end, or as near as the other names allow.
 
-    lines: name to line, at most 6; where a name has a line break, a space is tried too. The limits of the axes must be final. A name goes
-    to the free place nearest to its line, where that line is apart from the others, with a thin pointer if the place is not close.
-    Returns the names as drawn, in the order of the lines; or None, and nothing is drawn, if they do not all fit: then a legend has to do.
+    A dotted pointer leads from the end to the name. Names are in the order of the ends, so that pointers of complete curves do not cross.
+    The limits and the height of the axes must be final; their width may change.
     """
-    renderer = axes.figure.canvas.get_renderer()
-    point = axes.figure.dpi / 72  # pixels
-    area = axes.get_window_extent(renderer)
-    outlines = {name: _outline(axes, line) for name, line in lines.items()}  # name to (m, 2) pixels
-    if not all(len(outline) for outline in outlines.values()) or len(lines) > 6:
-        return None
-    bands = np.concatenate([np.empty((0, 2)), *(_band_outline(axes, band) for band in axes.collections)])
-    grid = np.stack(np.meshgrid(np.linspace(area.x0, area.x1, 49), np.linspace(area.y0, area.y1, 49)), axis=-1).reshape(-1, 2)
-
-    # For every name, its variants' places: centres (c, 2), half sizes (c, 2) and costs (c,), infinite where it would cover something.
-    texts, candidates = [], []
+    bottom, top = axes.get_ylim()
+    beside = axes.transAxes + ScaledTranslation(9 / 72, 0, axes.figure.dpi_scale_trans)
+    ends = {}
     for name, line in lines.items():
-        texts.append(axes.text(0, 0, name, color=line.get_color(), fontsize=size, ha="center", va="center", linespacing=1.0, zorder=5))
-        halves = []
-        for variant in _variants(name):
-            texts[-1].set_text(variant)
-            extent = texts[-1].get_window_extent(renderer)
-            halves.append(np.tile((extent.width / 2, extent.height / 2), (len(grid), 1)))
-        centres, half = np.tile(grid, (len(halves), 1)), np.concatenate(halves)
-        inside = (centres - half >= (area.x0 + 2 * point, area.y0 + 2 * point)) & (centres + half <= (area.x1, area.y1))
-        gaps = {other: _gap(centres, half, outline) for other, outline in outlines.items()}
-        nearest = np.min(list(gaps.values()), axis=0)
-        nearest_other = np.min([np.full(len(centres), np.inf), *(gap for other, gap in gaps.items() if other != name)], axis=0)
-        free = inside.all(axis=1) & (nearest > 1.5 * point) & (_gap(centres, half, bands) > 0)
-        to_line = _gap(centres, half, _apart(outlines, name, 6 * point))
-        cost = to_line + 3 * np.maximum(0, to_line + 2 * point - nearest_other)
-        candidates.append((centres, half, np.where(free, cost, np.inf)))
-
-    # The first to choose has the best choice: try all orders.
-    least, choices = np.inf, {}
-    for order in itertools.permutations(range(len(texts))):
-        total, chosen = 0.0, {}
-        for number in order:
-            centres, half, cost = candidates[number]
-            for other, choice in chosen.items():
-                apart = half + candidates[other][1][choice] + 2 * point
-                cost = np.where((np.abs(centres - candidates[other][0][choice]) < apart).all(axis=1), np.inf, cost)
-            chosen[number] = int(np.argmin(cost))
-            total += cost[chosen[number]]
-        if total < least:
-            least, choices = total, chosen
-    if not choices:
-        for text in texts:
-            text.remove()
-        return None
-
-    to_data = axes.transData.inverted()
-    for number, (name, line) in enumerate(lines.items()):
-        centres, half, _ = candidates[number]
-        choice = choices[number]
-        centre = centres[choice]
-        texts[number].set_text(_variants(name)[choice // len(grid)])
-        texts[number].set_position(to_data.transform(centre))
-        goal = _apart(outlines, name, 6 * point)
-        margin = half[choice] + point
-        beside = np.clip(goal, centre - margin, centre + margin)  # the point of the text's box that is nearest to each point of the line
-        distances = np.hypot(*(goal - beside).T)
-        nearest = int(np.argmin(distances))
-        if distances[nearest] > 7 * point:
-            ends = to_data.transform([beside[nearest], goal[nearest]])
-            axes.plot(*ends.T, color=line.get_color(), linewidth=0.5, zorder=2.5, label="_pointer")
-    return texts
+        is_across = line.get_transform() != axes.transData  # its x is a fraction of the axes' width
+        there = np.flatnonzero(np.isfinite(line.get_ydata()))[-1]
+        ends[name] = (axes.get_xlim()[1] if is_across else line.get_xdata()[there]), line.get_ydata()[there]
+    names = sorted(lines, key=lambda name: ends[name][1])
+    texts = [
+        axes.annotate(
+            name,
+            ends[name],
+            xytext=(1, 0),
+            textcoords=beside,
+            color=lines[name].get_color(),
+            fontsize=size,
+            va="center",
+            linespacing=0.95,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": lines[name].get_color(),
+                "linewidth": 0.6,
+                "linestyle": (0, (1, 1)),
+                "shrinkA": 1,
+                "shrinkB": 1,
+                "relpos": (0, 0.5),
+            },
+        )
+        for name in names
+    ]
+    renderer = axes.figure.canvas.get_renderer()
+    heights = np.array([Text.get_window_extent(text, renderer).height for text in texts]) / axes.get_window_extent(renderer).height
+    wanted = np.array([(ends[name][1] - bottom) / (top - bottom) for name in names])
+    for text, height in zip(texts, spread(wanted, 1.08 * heights), strict=True):
+        text.set_position((1, height))
 
 
-def _variants(name: str) -> list[str]:
-    return [name, name.replace("\n", " ")] if "\n" in name else [name]
+def spread(wanted: np.ndarray, heights: np.ndarray) -> np.ndarray:
+    """Centres of boxes between 0 and 1, near where they are wanted (rising), none over another: (n,) and (n,) to (n,)."""
+    offsets = np.cumsum(np.append(0, (heights[1:] + heights[:-1]) / 2))  # of the centres, if the boxes touch each other
+    shifts = wanted - offsets  # must not fall
+    shifts = (np.maximum.accumulate(shifts) + np.minimum.accumulate(shifts[::-1])[::-1]) / 2
+    return offsets + np.clip(shifts, heights[0] / 2, max(1 - heights[-1] / 2 - offsets[-1], heights[0] / 2))
 
 
-def _apart(outlines: dict[str, np.ndarray], name: str, enough: float) -> np.ndarray:
-    """The points of a line that no other is near: those at least `enough` pixels away, or if there are none, the farthest ones."""
-    distances = np.full(len(outlines[name]), np.inf)
-    for other, outline in outlines.items():
-        if other != name:
-            distances = np.minimum(distances, _gap(outlines[name], np.zeros(2), outline))
-    return outlines[name][distances >= min(enough, 0.8 * distances.max())]
+def room_beside(axes: Axes) -> tuple[float, float]:
+    """Inches that labels and names take to the left and to the right of the axes."""
+    renderer = axes.figure.canvas.get_renderer()
+    area, whole = axes.get_window_extent(renderer), axes.get_tightbbox(renderer)
+    return (area.x0 - whole.x0) / axes.figure.dpi, (whole.x1 - area.x1) / axes.figure.dpi
 
 
-def _outline(axes: Axes, line: Line2D) -> np.ndarray:
-    """Points along a line, (m, 2) pixels, about SPACING apart."""
-    positions = np.asarray(line.get_xdata(), dtype=float)
-    if line.get_transform() != axes.transData:  # a line across the axes, whose x is a fraction of their width
-        positions = np.array(axes.get_xlim())
-    path = np.stack([positions, np.resize(np.asarray(line.get_ydata(), dtype=float), len(positions))], axis=1)
-    return _dense(axes.transData.transform(path[np.isfinite(path).all(axis=1)]))
-
-
-def _band_outline(axes: Axes, band: Collection) -> np.ndarray:
-    return np.concatenate([_dense(axes.transData.transform(path.vertices)) for path in band.get_paths()])
-
-
-def _dense(path: np.ndarray) -> np.ndarray:
-    if len(path) < 2:
-        return path
-    pieces = []
-    for start, end in itertools.pairwise(path):
-        steps = max(int(np.hypot(*(end - start)) / SPACING), 1)
-        pieces.append(start + np.linspace(0, 1, steps, endpoint=False)[:, None] * (end - start))
-    return np.concatenate([*pieces, path[-1:]])
-
-
-def _gap(centres: np.ndarray, half: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Least distance of any point from a box around each centre: (c, 2), (c, 2) or (2,), and (m, 2) pixels to (c,); 0 inside the box."""
-    least = np.full(len(centres), np.inf)
-    for point in points:
-        outside = np.maximum(np.abs(centres - point) - half, 0)
-        np.minimum(least, np.hypot(outside[:, 0], outside[:, 1]), out=least)
-    return least
+def place(axes: Axes, left: float, width: float) -> None:
+    """Move the axes to these inches from the figure's left edge, at the same height."""
+    full_width = axes.figure.get_figwidth()
+    _, bottom, _, height = axes.get_position().bounds
+    axes.set_position((left / full_width, bottom, width / full_width, height))

@@ -17,12 +17,34 @@ SUFFIXES = ", ".join(METADATA)
 
 
 def check_figure_path(path: Path) -> Path:
-    """Return the path of a figure to be written; raise UserError if its suffix names no format, or a folder is in its place."""
-    if path.suffix not in METADATA:
+    """Return the path of a figure to be written; raise UserError if its suffix names no format, or it cannot be written."""
+    if path.suffix.lower() not in METADATA:
         raise UserError(f"--output {path}: the name must end in one of {SUFFIXES}")
-    if os.path.isdir(path):
-        raise UserError(f"--output {path}: this is a folder; expected the name of a file")
+    check_destinations(path)
     return path
+
+
+def check_destinations(*paths: Path) -> None:
+    """Raise UserError if one of these files cannot be written, before the first of them is."""
+    for path in paths:
+        reason = ""
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (OSError, ValueError) as error:  # a name that is too long, or that no file can have
+            reason = getattr(error, "strerror", None) or str(error)
+        folder = path.parent
+        while not os.path.lexists(folder) and folder != folder.parent:
+            folder = folder.parent
+        if os.path.isdir(path):
+            reason = "this is a folder"
+        elif not os.path.isdir(folder):
+            reason = f"{folder.name} is not a folder"
+        elif not os.access(folder, os.W_OK | os.X_OK):
+            reason = "its folder cannot be written to"
+        if reason:
+            raise UserError(f"{path}: cannot write this file ({reason})")
 
 
 def write_figure(figure: Figure, *paths: Path) -> None:
@@ -31,7 +53,8 @@ def write_figure(figure: Figure, *paths: Path) -> None:
     with rc_context(STYLE):
         for path in paths:
             buffer = io.BytesIO()
-            figure.savefig(buffer, format=path.suffix[1:], metadata=METADATA[path.suffix], dpi=300)
+            suffix = path.suffix.lower()
+            figure.savefig(buffer, format=suffix[1:], metadata=METADATA[suffix], dpi=300)
             drawn[path] = buffer.getvalue()
     for path, content in drawn.items():
         write_file(path, content)

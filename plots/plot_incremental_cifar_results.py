@@ -22,19 +22,23 @@ from matplotlib.figure import Figure
 from incremental_cifar.command_line import OneLineArgumentParser, run_script
 from incremental_cifar.config import UserError
 from plots.drawing import (
+    LINE_WIDTH,
     SINGLE_COLUMN,
     STYLE,
     add_axes,
     add_notes,
     band_handle,
-    draw_curve,
+    draw_curves,
     draw_published,
     draw_zero_line,
     epoch_axis,
     limit_to_possible_values,
     new_figure,
+    notes_height,
     number_of_classes_axis,
+    place,
     published_handle,
+    room_beside,
     strokes,
     wrapped,
 )
@@ -52,7 +56,7 @@ from plots.run_results import (
     size_differences,
 )
 
-AXES_HEIGHT, LEFT, RIGHT = 1.9, 0.62, 0.18  # inches
+AXES_HEIGHT, RIGHT = 1.9, 0.18  # inches
 
 
 def draw_metric(
@@ -73,13 +77,13 @@ def draw_metric(
     num_entries = len(shown.curves) + metric.is_relative + has_band + bool(beneath)
     note_lines = wrapped(notes, SINGLE_COLUMN - 0.2)
 
-    legend_top = 0.08 + 0.1 * len(note_lines) + 0.04 + 0.127 * num_entries
+    legend_top = max(notes_height(note_lines), 0.08) + 0.04 + 0.127 * num_entries
     bottom = legend_top + 0.4
     height = bottom + AXES_HEIGHT + (0.28 if metric.images else 0.12)
     figure = new_figure(SINGLE_COLUMN, height)
-    axes = add_axes(figure, LEFT, bottom, SINGLE_COLUMN - LEFT - RIGHT, AXES_HEIGHT)
+    axes = add_axes(figure, 0.5, bottom, SINGLE_COLUMN - 0.5 - RIGHT, AXES_HEIGHT)
 
-    handles: list[Artist] = [draw_curve(axes, curve, stroke_of[curve.algorithm], 0.7 if per_epoch else 1.2) for curve in shown.curves]
+    handles: list[Artist] = [*draw_curves(axes, shown.curves, stroke_of, 0.7 if per_epoch else LINE_WIDTH)]
     if metric.is_relative:
         handles.append(draw_zero_line(axes, shown.num_retrained))
     if has_band:
@@ -98,10 +102,12 @@ def draw_metric(
     axes.set_ylabel(metric.axis_label.format(units=shown.num_units))
     if metric.images:
         axes.set_title(metric.images, loc="left")
+    left = room_beside(axes)[0] + 0.05
+    place(axes, left, SINGLE_COLUMN - left - RIGHT)
     figure.legend(
         handles=handles,
         loc="upper left",
-        bbox_to_anchor=(LEFT / SINGLE_COLUMN, legend_top / height),
+        bbox_to_anchor=(left / SINGLE_COLUMN, legend_top / height),
         frameon=False,
         borderaxespad=0,
         borderpad=0,

@@ -3,9 +3,9 @@
     python plots/plot_paper_figure.py --results_dir results/
 
 Writes paper_figure and test_accuracy_figure, each as .png and .svg, beside this script or to `--output-dir`. Curves are means over runs,
-bands +- 1 standard error, and algorithms have the paper's names and colours, written at the curves. What is not there yet is left out, and
-said so. As in the paper, the retrained network has no curve of dormant units and rank, and algorithms of other names have none at all:
-plot_incremental_cifar_results.py draws those.
+bands +- 1 standard error, and algorithms have the paper's names and colours, written at the curves' ends. What is not there yet is left
+out, and said so. As in the paper, the retrained network has no curve of dormant units and rank, and algorithms of other names have none at
+all: plot_incremental_cifar_results.py draws those.
 """
 
 import argparse
@@ -28,22 +28,26 @@ from plots.drawing import (
     STYLE,
     add_axes,
     add_notes,
-    draw_curve,
+    draw_curves,
     draw_zero_line,
-    label_curves,
+    label_ends,
     limit_to_possible_values,
     new_figure,
+    notes_height,
     number_of_classes_axis,
+    place,
+    room_beside,
     runs_text,
     strokes,
     wrapped,
 )
-from plots.output_files import write_figure
+from plots.output_files import check_destinations, write_figure
 from plots.run_results import (
     ALGORITHM_LABELS,
     METRICS,
     RETRAINED,
     MetricCurves,
+    add_output_argument,
     add_results_argument,
     algorithm_label,
     make_curves,
@@ -53,27 +57,33 @@ from plots.run_results import (
 PANELS = ("relative_accuracy_per_epoch", "next_task_dormant_units_analysis", "next_task_stable_rank_analysis")
 LETTERS = ("a", "b", "c")
 TEST_ACCURACY = "test_accuracy_per_epoch"
+STEMS = ("paper_figure", "test_accuracy_figure")
 
 # Names as they stand at the curves, in lines short enough for a panel.
 NAMES = {
     "base_deep_learning_system": "Base deep\nlearning system",
     "continual_backpropagation": "Continual\nbackpropagation",
-    "head_resetting": "Head resetting",
-    "shrink_and_perturb": "Shrink and perturb",
-    "retrained_network": "Retrained network",
+    "head_resetting": "Head\nresetting",
+    "shrink_and_perturb": "Shrink and\nperturb",
+    "retrained_network": "Retrained\nnetwork",
 }
 
 
 def draw_three_panels(panels: dict[str, MetricCurves], notes: Sequence[str] = ()) -> Figure:
     """Three panels side by side at full page width; a panel without a curve says so. panels: metric to what is there."""
-    left, bottom, width, height, gap = 0.56, 0.42, 1.82, 1.85, 0.53  # inches
+    bottom, height, margin, gap = 0.42, 1.85, 0.05, 0.1  # inches
     note_lines = wrapped(notes, FULL_WIDTH - 0.2)
-    foot = 0.1 * len(note_lines) + 0.08 * bool(note_lines)
+    foot = notes_height(note_lines)
     figure = new_figure(FULL_WIDTH, foot + bottom + height + 0.25)
-    for number, (name, letter) in enumerate(zip(PANELS, LETTERS, strict=True)):
-        axes = add_axes(figure, left + number * (width + gap), foot + bottom, width, height)
-        axes.set_title(letter, loc="left", fontweight="bold", fontsize=8, x=-0.25)
-        draw_panel(axes, name, panels[name])
+    for name in PANELS:
+        draw_panel(add_axes(figure, 1, foot + bottom, 1, height), name, panels[name])
+    rooms = [room_beside(axes) for axes in figure.axes]
+    width = (FULL_WIDTH - 2 * margin - 2 * gap - sum(map(sum, rooms))) / len(PANELS)
+    x = margin
+    for axes, letter, (left, right) in zip(figure.axes, LETTERS, rooms, strict=True):
+        place(axes, x + left, width)
+        axes.set_title(letter, loc="left", fontweight="bold", fontsize=8, x=-left / width)
+        x += left + width + right + gap
     add_notes(figure, note_lines)
     return figure
 
@@ -81,15 +91,18 @@ def draw_three_panels(panels: dict[str, MetricCurves], notes: Sequence[str] = ()
 def draw_test_accuracy(shown: MetricCurves, notes: Sequence[str] = ()) -> Figure:
     """Test accuracy of all algorithms at single-column width."""
     note_lines = wrapped(notes, SINGLE_COLUMN - 0.2)
-    foot = 0.1 * len(note_lines) + 0.08 * bool(note_lines)
+    foot = notes_height(note_lines)
     figure = new_figure(SINGLE_COLUMN, foot + 2.75)
-    draw_panel(add_axes(figure, 0.5, foot + 0.42, SINGLE_COLUMN - 0.62, 2.2), TEST_ACCURACY, shown)
+    axes = add_axes(figure, 1, foot + 0.42, 1, 2.2)
+    draw_panel(axes, TEST_ACCURACY, shown)
+    left, right = room_beside(axes)
+    place(axes, left + 0.05, SINGLE_COLUMN - left - right - 0.1)
     add_notes(figure, note_lines)
     return figure
 
 
 def draw_panel(axes: Axes, name: str, shown: MetricCurves) -> None:
-    """Draw one metric, with the algorithms' names at their curves, or with a legend where there is no room for them."""
+    """Draw one metric, with the algorithms' names at their curves' ends."""
     metric = METRICS[name]
     axes.set_ylabel(metric.axis_label.format(units=shown.num_units))
     if not shown.curves:
@@ -98,17 +111,17 @@ def draw_panel(axes: Axes, name: str, shown: MetricCurves) -> None:
         axes.text(0.5, 0.5, "No runs yet", transform=axes.transAxes, ha="center", va="center", color="#7f7f7f")
         return
     stroke_of = strokes(ALGORITHM_LABELS)
-    lines = {NAMES[curve.algorithm]: draw_curve(axes, curve, stroke_of[curve.algorithm]) for curve in shown.curves}
+    drawn = draw_curves(axes, shown.curves, stroke_of)
+    lines = {NAMES[curve.algorithm]: line for curve, line in zip(shown.curves, drawn, strict=True)}
     if metric.is_relative:
         lines[NAMES[RETRAINED]] = draw_zero_line(axes, shown.num_retrained)
     number_of_classes_axis(axes, shown.axis)
     axes.margins(y=0.1)
     axes.autoscale_view(scalex=False)
-    axes.set_ylim(axes.get_ylim())  # names must not move the limits
     if not metric.is_relative:
         limit_to_possible_values(axes, metric.kind == "fraction")
-    if label_curves(axes, lines) is None:
-        axes.legend(handles=list(lines.values()), labels=[name.replace("\n", " ") for name in lines], frameon=False, fontsize=5.5)
+    axes.locator_params(axis="y", nbins=6)
+    label_ends(axes, lines)
 
 
 def read_figure(results_dir: Path, name: str, algorithms: Sequence[str]) -> tuple[MetricCurves, list[str]]:
@@ -148,14 +161,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The arguments. Raises UserError."""
     parser = OneLineArgumentParser(description="Draw the paper's figure, and test accuracies, from stored runs.")
     add_results_argument(parser)
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path(__file__).resolve().parent,
-        metavar="DIR",
-        help="where to write (default: beside this script)",
-    )
-    return parser.parse_args(arguments)
+    add_output_argument(parser)
+    parsed = parser.parse_args(arguments)
+    check_destinations(*(path for stem in STEMS for path in figure_paths(parsed.output_dir, stem)))
+    return parsed
+
+
+def figure_paths(folder: Path, stem: str) -> list[Path]:
+    return [folder / f"{stem}{suffix}" for suffix in (".png", ".svg")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -177,11 +190,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures = {}
     with rc_context(STYLE):
         if has_panels:
-            figures["paper_figure"] = draw_three_panels(panels, [count_note(*panels.values()), *notes[0]])
+            figures[STEMS[0]] = draw_three_panels(panels, [count_note(*panels.values()), *notes[0]])
         if accuracy.curves:
-            figures["test_accuracy_figure"] = draw_test_accuracy(accuracy, [count_note(accuracy), *notes[1]])
+            figures[STEMS[1]] = draw_test_accuracy(accuracy, [count_note(accuracy), *notes[1]])
     for stem, figure in figures.items():
-        write_figure(figure, *(parsed.output_dir / f"{stem}{suffix}" for suffix in (".png", ".svg")))
+        write_figure(figure, *figure_paths(parsed.output_dir, stem))
     return 0
 
 

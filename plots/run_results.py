@@ -61,14 +61,15 @@ class Metric(NamedTuple):
     is_relative: bool = False  # minus the retrained network of the same index
     has_first_task: bool = True  # False: the first task's value is 0 by convention and is not drawn
     published: str = ""  # its name in published_curves.csv; "": the paper does not show it
-    images: str = ""  # which images were analysed
+    images: str = ""  # which images were analysed, with settings that its values depend on; "": none
 
 
 def _analysis_metrics(which: str, images: str) -> dict[str, Metric]:
     def metric(name: str, axis_label: str, kind: str, published: str = "") -> dict[str, Metric]:
         folder = f"{which}_{name}_analysis"
         is_next = which == "next_task"
-        return {folder: Metric(folder, axis_label, kind, False, has_first_task=is_next, published=published * is_next, images=images)}
+        shown = published if is_next else ""
+        return {folder: Metric(folder, axis_label, kind, False, has_first_task=is_next, published=shown, images=images)}
 
     return (
         metric("dormant_units", "Dormant units (%)", "fraction", "dormant_units")
@@ -95,17 +96,29 @@ METRICS = {
 }
 
 
+class AnalysisSettings(NamedTuple):
+    """The settings of post_run_analysis.py that its values depend on; the defaults are the released script's."""
+
+    batch_norm: str = "batch"
+    dormant_unit_threshold: float = 0.01
+
+
 class Run(NamedTuple):
     """The values of one metric of one run."""
 
     algorithm: str
     index: int
     sizes: Config  # only the keys of SIZE_KEYS are this run's; the paper's where its config does not say
+    analysis: AnalysisSettings | None  # None for metrics that do not depend on them
     values: np.ndarray  # (epochs or tasks so far,) float64, in the unit of the axis; NaN where a task is not analysed yet
 
     @property
     def config_file(self) -> str:
         return f"{self.algorithm}/config_files/index-{self.index}.json"
+
+    @property
+    def analysis_file(self) -> str:
+        return f"{self.algorithm}/analysis_settings/index-{self.index}.json"
 
 
 class Curve(NamedTuple):
@@ -150,7 +163,7 @@ def task_bests(values: np.ndarray, epochs_per_task: int, best: Callable[..., np.
 def algorithm_label(algorithm: str) -> str:
     """An algorithm's name in the paper, or its folder's, shortened to what a legend can hold."""
     label = ALGORITHM_LABELS.get(algorithm, algorithm)
-    label = label if len(label) <= 40 else label[:39] + "…"
+    label = label if len(label) <= 40 else f"{label[:20]}…{label[-19:]}"  # long names often differ in their ends only
     return f"“{label}”" if label.startswith("_") else label  # Matplotlib leaves labels that begin with _ out of legends
 
 
@@ -161,6 +174,12 @@ def add_results_argument(parser: argparse.ArgumentParser) -> None:
     """Give a script's command line the folder of results."""
     help_text = "folder with one folder per algorithm (default results/ beside plots/)"
     parser.add_argument("--results_dir", type=Path, default=REPOSITORY / "results", metavar="DIR", help=help_text)
+
+
+def add_output_argument(parser: argparse.ArgumentParser) -> None:
+    """Give a script's command line the folder to write to."""
+    help_text = "where to write (default: beside this script)"
+    parser.add_argument("--output-dir", type=Path, default=REPOSITORY / "plots", metavar="DIR", help=help_text)
 
 
 def read_runs(results_dir: Path, metric: Metric, algorithms: Sequence[str] | None = None) -> dict[str, list[Run]]:
@@ -190,6 +209,9 @@ def read_runs(results_dir: Path, metric: Metric, algorithms: Sequence[str] | Non
 
 def _indices(results_dir: Path, algorithm: str, metric: Metric) -> list[int]:
     folder = results_dir / algorithm / metric.folder
+    for path in (folder.parent, folder):
+        if os.path.lexists(path) and not os.path.isdir(path):
+            raise UserError(f"{path}: expected a folder here")
     try:
         names = os.listdir(folder) if os.path.isdir(folder) else []
     except OSError as error:
@@ -210,7 +232,8 @@ def _read_run(results_dir: Path, algorithm: str, index: int, metric: Metric) -> 
         raise UserError(f"{path}: the value of epoch {missing[0] + 1} is not a number")
     if not metric.has_first_task:
         values[:1] = np.nan
-    return Run(algorithm, index, sizes, values * scale)
+    analysis = read_analysis_settings(folder / "analysis_settings" / f"index-{index}.json") if metric.images else None
+    return Run(algorithm, index, sizes, analysis, values * scale)
 
 
 def read_sizes(path: Path) -> Config:
@@ -218,16 +241,34 @@ def read_sizes(path: Path) -> Config:
 
     Raises UserError if the file is there but is no config.
     """
-    settings: Any = {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        pass  # as released
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot read the stored config of this run ({error})") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: cannot read the stored config of this run (not an object of keys and values)")
+    settings = _read_json(path, "config") or {}
     return make_config({key: settings[key] for key in SIZE_KEYS if key in settings}, source=str(path))
+
+
+def read_analysis_settings(path: Path) -> AnalysisSettings:
+    """What a run was analysed with; the released script's settings if there is no such file. Raises UserError if it says nothing."""
+    settings = _read_json(path, "analysis settings")
+    if settings is None:
+        return AnalysisSettings()
+    batch_norm, threshold = (settings.get(key) for key in AnalysisSettings._fields)
+    if batch_norm not in ("batch", "running") or type(threshold) not in (int, float):
+        raise UserError(f"{path}: does not say what this run was analysed with; run post_run_analysis.py on it again")
+    return AnalysisSettings(batch_norm, float(threshold))
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any] | None:
+    """A stored JSON object; None if there is no such file. Raises UserError, saying `what` it should be, for anything else."""
+    try:
+        if os.path.lexists(path) and not os.path.isfile(path):
+            raise ValueError("not a file")
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("not an object of keys and values")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot read the stored {what} of this run ({getattr(error, 'strerror', None) or error})") from None
+    return settings
 
 
 def read_values(path: Path, longest: int, points: str, most: float) -> np.ndarray:
@@ -238,16 +279,14 @@ def read_values(path: Path, longest: int, points: str, most: float) -> np.ndarra
     try:
         if not os.path.isfile(path):
             raise ValueError("not a file")
-        with open(path, "rb") as file:
-            array = np.load(file, allow_pickle=False)
-    except Exception as error:  # np.load raises many kinds, depending on where a file is damaged
+        array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, it refuses a shape that is negative or larger than the file
+    except Exception as error:  # of many kinds, depending on where a file is damaged
         raise UserError(f"{path}: cannot read this metric ({error or type(error).__name__})") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or array.ndim != 1:
-        found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "an archive"
-        raise UserError(f"{path}: expected one number for each of the {points}, found {found}")
+    if array.dtype.kind not in "fiu" or array.ndim != 1:
+        raise UserError(f"{path}: expected one number for each of the {points}, found {array.dtype} of shape {array.shape}")
     if len(array) > longest:
         raise UserError(f"{path}: holds {len(array)} values, but by its config this run has {longest} {points}")
-    values = array.astype(np.float64)
+    values = np.array(array, dtype=np.float64)
     wrong = np.flatnonzero((values < 0) | (values > most * (1 + 1e-6)) | np.isinf(values))
     if len(wrong):
         limit = f"from 0 to {most:g}" if np.isfinite(most) else "finite and 0 or more"
@@ -266,6 +305,7 @@ def make_curves(runs: dict[str, list[Run]], metric: Metric, per_epoch: bool = Fa
     Raises UserError if the runs are of different sizes, so that they have no common axis or no meaningful mean.
     """
     check_sizes(runs)
+    check_analysis(runs)
     series = {
         (run.algorithm, run.index): task_bests(run.values, run.sizes.epochs_per_task, metric.best)
         if metric.per_epoch and not per_epoch
@@ -273,36 +313,48 @@ def make_curves(runs: dict[str, list[Run]], metric: Metric, per_epoch: bool = Fa
         for run in flattened(runs)
     }
     points = "epochs" if per_epoch else "tasks"
-    sizes = [run.sizes for run in flattened(runs)]
-    full_length = max((size.num_epochs if per_epoch else size.num_tasks for size in sizes), default=0)
-    spacing = 1 if per_epoch or not sizes else sizes[0].classes_per_task
+    full_lengths = {(run.algorithm, run.index): run.sizes.num_epochs if per_epoch else run.sizes.num_tasks for run in flattened(runs)}
+    full_length = max(full_lengths.values(), default=0)
+    spacing = 1 if per_epoch else next((run.sizes.classes_per_task for run in flattened(runs)), 1)
     num_hidden = 0 if metric.has_first_task else 1  # points that a run has but that are not drawn
 
     curves, remarks = [], []
+    short_retrained: dict[int, tuple[int, int]] = {}
     for algorithm in runs:
         if metric.is_relative and algorithm == RETRAINED:
             continue
+        label = algorithm_label(algorithm)
         rows = {index: values for (name, index), values in series.items() if name == algorithm}
         if metric.is_relative:
             alone = [index for index in rows if (RETRAINED, index) not in series]
-            rows = {index: _difference(rows[index], series[RETRAINED, index]) for index in rows if index not in alone}
             if alone:
-                remarks.append(f"{algorithm_label(algorithm)}: no retrained network of {indices_text(alone)}; left out")
+                remarks.append(f"{label}: no retrained network of {indices_text(alone)}; left out")
+            rows = {index: values for index, values in rows.items() if index not in alone}
         empty = [index for index, values in rows.items() if not np.isfinite(values).any()]
-        rows = {index: values for index, values in rows.items() if index not in empty}
         if empty:
-            remarks.append(f"{algorithm_label(algorithm)}: {indices_text(empty)} without a complete {points[:-1]} yet; left out")
+            remarks.append(f"{label}: {indices_text(empty)} without a complete {points[:-1]} yet; left out")
+        rows = {index: values for index, values in rows.items() if index not in empty}
+        short = {}
+        for index, values in rows.items():
+            count, full = int(np.isfinite(values).sum()) + num_hidden, full_lengths[algorithm, index]
+            if metric.is_relative and len(series[RETRAINED, index]) < count:
+                short_retrained[index] = len(series[RETRAINED, index]), full
+            elif count < full:
+                short[index] = count, full
+        if short:
+            remarks.append(f"{label}: {_short_text(short, points)}")
+        if metric.is_relative:
+            rows = {index: _difference(values, series[RETRAINED, index]) for index, values in rows.items()}
+            rows = {index: values for index, values in rows.items() if len(values)}
         if not rows:
             continue
-        done = {index: int(np.isfinite(values).sum()) + num_hidden for index, values in rows.items()}
-        short = {index: count for index, count in done.items() if count < full_length}
-        if short:
-            remarks.append(f"{algorithm_label(algorithm)}: {_short_text(short, len(rows), full_length, points)}")
         length = max(len(values) for values in rows.values())
         values = np.full((len(rows), length), np.nan)
         for row, of_run in zip(values, rows.values(), strict=True):
             row[: len(of_run)] = of_run
         curves.append(Curve(algorithm, tuple(rows), spacing * np.arange(1, length + 1), values))
+    if short_retrained:
+        remarks.append(f"{algorithm_label(RETRAINED)}: {_short_text(short_retrained, points)}")
     partners = {index for curve in curves for index in curve.indices} if metric.is_relative else set()
     return MetricCurves(curves, spacing * np.arange(1, full_length + 1), remarks, len(partners), last_layer_units(runs))
 
@@ -313,9 +365,9 @@ def flattened(runs: dict[str, list[Run]]) -> Iterable[Run]:
 
 
 def check_sizes(runs: dict[str, list[Run]]) -> None:
-    """Raise UserError unless all runs share the axes of a figure, and those of an algorithm the network's width."""
-    by_key = {key: list(flattened(runs)) for key in ("dataset", "classes_per_task", "epochs_per_task")}
-    groups = [*by_key.items(), *(("network_width", of_algorithm) for of_algorithm in runs.values())]
+    """Raise UserError unless all runs share the axes of a figure, and those of an algorithm all but the number of tasks."""
+    groups = [(key, list(flattened(runs))) for key in ("dataset", "classes_per_task", "epochs_per_task")]
+    groups += [(key, of_algorithm) for of_algorithm in runs.values() for key in SIZE_KEYS if key != "num_tasks"]
     for key, group in groups:
         for run in group:
             first, here = getattr(group[0].sizes, key), getattr(run.sizes, key)
@@ -324,6 +376,22 @@ def check_sizes(runs: dict[str, list[Run]]) -> None:
                     f"runs of different sizes cannot be averaged in one figure: {key} is {first} in {group[0].config_file} and {here} in "
                     f"{run.config_file}; choose with --algorithms or move runs elsewhere"
                 )
+
+
+def check_analysis(runs: dict[str, list[Run]]) -> None:
+    """Raise UserError unless all runs of a figure were analysed with the same settings."""
+    group = list(flattened(runs))
+    for run in group:
+        if run.analysis != group[0].analysis:
+            raise UserError(
+                f"runs analysed with different settings do not belong in one figure: {analysis_text(group[0].analysis)} in "
+                f"{group[0].analysis_file} and {analysis_text(run.analysis)} in {run.analysis_file}; run post_run_analysis.py again"
+            )
+
+
+def analysis_text(settings: AnalysisSettings) -> str:
+    """Settings as a message names them."""
+    return ", ".join(f"{key} {value}" for key, value in settings._asdict().items())
 
 
 def last_layer_units(runs: dict[str, list[Run]]) -> str:
@@ -351,11 +419,9 @@ def indices_text(indices: Sequence[int]) -> str:
     return ("index " if len(indices) == 1 else "indices ") + ", ".join(map(str, indices))
 
 
-def _short_text(short: dict[int, int], num_runs: int, full_length: int, points: str) -> str:
-    """Say how far runs of unequal length, or in progress, go: index to number of points that are there."""
-    if len(short) <= 3:
-        where = ", ".join(f"index {index}: {count:,}" for index, count in short.items())
-    else:
-        least, most = min(short.values()), max(short.values())
-        where = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-    return f"{len(short)} of {num_runs} runs drawn in part ({where} of {full_length:,} {points})"
+def _short_text(short: dict[int, tuple[int, int]], points: str) -> str:
+    """Say how far runs in progress are: index to number of points that are there, and of a complete run."""
+    counts, full_lengths = (sorted(set(numbers)) for numbers in zip(*short.values(), strict=True))
+    some = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    full = " or ".join(f"{length:,}" for length in full_lengths)
+    return f"{indices_text(list(short))} {'has' if len(short) == 1 else 'have'} only {some} of {full} {points}"

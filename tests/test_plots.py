@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -11,12 +12,13 @@ import pytest
 from conftest import REPOSITORY, everything_in
 from matplotlib import rc_context
 from matplotlib.colors import to_hex
+from matplotlib.text import Text
 
 from incremental_cifar.command_line import run_script
 from plots import compare_with_paper, plot_incremental_cifar_results, plot_paper_figure
-from plots.drawing import COLOURS, STYLE, draw_curve, label_curves, new_figure, strokes
+from plots.drawing import COLOURS, STYLE, spread, strokes
 from plots.published_curves import read_published_curves
-from plots.run_results import ALGORITHM_LABELS, METRICS, Curve, mean_and_standard_error
+from plots.run_results import ALGORITHM_LABELS, METRICS, algorithm_label, mean_and_standard_error
 
 BASE, CBP, RETRAINED = "base_deep_learning_system", "continual_backpropagation", "retrained_network"
 ACCURACY, RELATIVE, RANK = "test_accuracy_per_epoch", "relative_accuracy_per_epoch", "next_task_stable_rank_analysis"
@@ -80,6 +82,15 @@ def band_at(axes, position, number=0):
     return edge.min(), edge.max()
 
 
+def assert_texts_have_room(figure):
+    """All that is drawn lies inside the figure, and no panel with its labels and names overlaps another panel, the legend or the notes."""
+    figure.canvas.draw()
+    boxes = [artist.get_tightbbox() for artist in (*figure.axes, *figure.legends, *figure.texts)]
+    for number, box in enumerate(boxes):
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, box
+        assert not any(box.overlaps(other) for other in boxes[number + 1 :]), box
+
+
 # --- What is drawn -------------------------------------------------------------------------------------------------------------------
 
 
@@ -109,6 +120,92 @@ def test_best_of_each_task_mean_and_band(results, draw):
     assert to_hex(axes.collections[0].get_facecolor()[0]) == "#d62728"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [label, "± 1 standard error"]
     assert "Note" not in out
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_wide_tick_labels_have_room(results, draw, metric):
+    values = np.linspace(0.02161, 0.02166, 6 if METRICS[metric].per_epoch else 3)
+    for algorithm in (BASE, RETRAINED):
+        store(results, algorithm, 0, SMALL, **{METRICS[metric].folder: values * (0.999 if algorithm == BASE else 1)})
+    assert_texts_have_room(draw(metric)[0])
+
+
+def test_retrained_network_lies_beneath_and_coinciding_curves_show(results, draw):
+    for algorithm in (BASE, CBP, RETRAINED):
+        store(results, algorithm, 0, SMALL, next_task_dormant_units_analysis=[0, 0, 0])
+    store(results, "other", 0, SMALL, next_task_dormant_units_analysis=[0, 0, 0.5])
+    figure, _ = draw("next_task_dormant_units_analysis")
+    lines = lines_of(figure)
+    names = ["Retrained network", "Base deep learning system", "Continual backpropagation", "other"]
+    assert list(lines) == [f"{name} (1 run)" for name in names]  # in the order of drawing
+    assert [line.is_dashed() for line in lines.values()] == [False, True, True, False]
+    patterns = [lines[f"{name} (1 run)"]._unscaled_dash_pattern[1] for name in names[1:3]]
+    assert [list(pattern) for pattern in patterns] == [[3, 3], [3, 9]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()][:3] == [f"{name} (1 run)" for name in [*names[1:3], names[0]]]
+
+
+def test_long_names_stay_distinct():
+    one, other = (algorithm_label(f"continual_backpropagation_with_a_long_name_of_variant_{number}") for number in (1, 2))
+    assert one != other and one.startswith("continual_back") and len(one) == 40
+
+
+def test_a_shorter_retrained_network_is_named_as_what_ends_the_curve(results, draw):
+    for index in (0, 1):
+        store(results, BASE, index, SMALL, test_accuracy_per_epoch=[0.5] * 6)
+        store(results, RETRAINED, index, SMALL, test_accuracy_per_epoch=[0.5] * (2 if index else 6))
+    _, out = draw(RELATIVE)
+    assert out == "Note: Retrained network: index 1 has only 1 of 3 tasks\n"
+
+
+def test_runs_are_complete_by_their_own_number_of_tasks(results, draw):
+    store(results, BASE, 0, SMALL, test_accuracy_per_epoch=[0.5] * 6)
+    store(results, BASE, 1, SMALL | {"num_tasks": 2}, test_accuracy_per_epoch=[0.5] * 4)
+    store(results, CBP, 0, SMALL | {"num_tasks": 2}, test_accuracy_per_epoch=[0.5] * 2)
+    _, out = draw(ACCURACY)
+    assert out == "Note: Continual backpropagation: index 0 has only 1 of 2 tasks\n"
+
+
+def analysed(results, algorithm, index, **settings):
+    path = results / algorithm / "analysis_settings" / f"index-{index}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(("batch_norm", "threshold"), [("running", 0.01), ("batch", 0.1)])
+def test_different_analyses_are_not_mixed(results, capsys, tmp_path, draw, batch_norm, threshold):
+    for index, algorithm in ((0, BASE), (1, BASE), (0, CBP)):
+        store(results, algorithm, index, SMALL, **{RANK: [16, 8, 4], "weight_magnitude_analysis": [0.1] * 3})
+    analysed(results, BASE, 1, batch_norm="batch", dormant_unit_threshold=0.01, images=1000)
+    draw(RANK)  # no file: the released script's settings
+    analysed(results, CBP, 0, batch_norm=batch_norm, dormant_unit_threshold=threshold)
+    before = everything_in(tmp_path)
+    message = (
+        "batch_norm batch, dormant_unit_threshold 0.01 in base_deep_learning_system/analysis_settings/index-0.json and "
+        f"batch_norm {batch_norm}, dormant_unit_threshold {threshold} in continual_backpropagation/analysis_settings/index-0.json"
+    )
+    arguments = ["--results_dir", results, "--metric", RANK, "--output", tmp_path / "figure.svg"]
+    assert_one_line(*run(plot_incremental_cifar_results, capsys, *arguments), message)
+    assert_one_line(*run(plot_paper_figure, capsys, "--results_dir", results, "--output-dir", tmp_path), message)
+    assert everything_in(tmp_path) == before
+    draw("weight_magnitude_analysis")
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"batch_norm": "other", "dormant_unit_threshold": 0.01}', '{"batch_norm": "batch"}'])
+def test_analysis_settings_that_say_nothing(results, capsys, tmp_path, text):
+    store(results, BASE, 0, SMALL, **{RANK: [16, 8, 4]})
+    analysed(results, BASE, 0)
+    (results / BASE / "analysis_settings" / "index-0.json").write_text(text)
+    arguments = ["--results_dir", results, "--metric", RANK, "--output", tmp_path / "figure.svg"]
+    assert_one_line(*run(plot_incremental_cifar_results, capsys, *arguments), "analysis_settings/index-0.json: ")
+
+
+def test_comparison_leaves_out_other_analyses(results):
+    papers_runs(results, num_runs=3, algorithms=[BASE])
+    analysed(results, BASE, 1, batch_norm="running", dormant_unit_threshold=0.01)
+    points, remarks = compare_with_paper.compare(results, read_published_curves())
+    assert {(point.metric, point.num_runs) for point in points} == {("test_accuracy", 3), ("dormant_units", 2), ("stable_rank", 2)}
+    settings = "batch_norm running, dormant_unit_threshold 0.01"
+    assert f"{BASE}: index 1 left out, analysed otherwise than the paper ({settings})" in remarks
 
 
 def test_losses_count_by_their_minimum_and_one_run_has_no_band(results, draw):
@@ -151,14 +248,14 @@ def test_runs_in_progress_are_drawn_as_far_as_they_go_and_said_so(results, draw)
     store(results, RETRAINED, 0, SMALL, test_accuracy_per_epoch=[0.1, 0.3, 0.1, 0.1])
     figure, out = draw(ACCURACY)
     lines = lines_of(figure)
-    assert list(lines) == ["Base deep learning system (2 runs)", "Retrained network (1 run)"]
+    assert set(lines) == {"Base deep learning system (2 runs)", "Retrained network (1 run)"}
     assert line_values(lines["Base deep learning system (2 runs)"]) == ([4, 8, 12], [30, 40, 60])
     assert line_values(lines["Retrained network (1 run)"]) == ([4, 8], [30, 10])
     assert set(figure.axes[0].collections[0].get_paths()[0].vertices[:, 0]) == {4}  # one run has no standard error
     notes = [
-        "Base deep learning system: 1 of 2 runs drawn in part (index 3: 1 of 3 tasks)",
+        "Base deep learning system: index 3 has only 1 of 3 tasks",
         "Continual backpropagation: index 0 without a complete task yet; left out",
-        "Retrained network: 1 of 1 runs drawn in part (index 0: 2 of 3 tasks)",
+        "Retrained network: index 0 has only 2 of 3 tasks",
     ]
     in_figure = " ".join(figure.texts[0].get_text().split())
     for note in notes:
@@ -170,7 +267,7 @@ def test_runs_in_progress_are_drawn_as_far_as_they_go_and_said_so(results, draw)
     assert list(lines) == ["Continual backpropagation (1 run)", "Base deep learning system (2 runs)"]
     assert line_values(lines["Base deep learning system (2 runs)"]) == ([1, 2, 3, 4, 5, 6], [30, 30, 65, 40, 60, 60])
     assert lines["Continual backpropagation (1 run)"].get_marker() == "o"  # a single point is visible
-    assert "index 3: 3 of 6 epochs" in out and figure.axes[0].get_xlabel() == "Epoch"
+    assert "index 3 has only 3 of 6 epochs" in out and figure.axes[0].get_xlabel() == "Epoch"
 
 
 def test_analysis_metrics_stand_at_the_task_about_to_be_trained(results, draw):
@@ -181,7 +278,7 @@ def test_analysis_metrics_stand_at_the_task_about_to_be_trained(results, draw):
     assert figure.axes[0].get_title(loc="left") == "Images of the next task's classes"
     figure, out = draw("next_task_dormant_units_analysis")
     assert line_values(lines_of(figure)["Base deep learning system (1 run)"]) == ([4, 8, 12], [0, 25, np.nan])
-    assert "index 0: 2 of 3 tasks" in out
+    assert "index 0 has only 2 of 3 tasks" in out
 
 
 def test_previous_tasks_begin_with_the_second(results, draw):
@@ -295,7 +392,7 @@ def test_mean_and_standard_error_equal_a_plain_twin():
 # --- Files ---------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
+@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".PNG", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
 def test_formats_and_equal_bytes(results, capsys, tmp_path, suffix, start):
     store(results, BASE, 0, SMALL, test_accuracy_per_epoch=[0.5, 0.7, 0.6, 0.4, 0.3, 0.3])
     store(results, BASE, 1, SMALL, test_accuracy_per_epoch=[0.5, 0.7, 0.6, 0.4, 0.3, 0.3])
@@ -376,17 +473,16 @@ def test_paper_figure_has_the_papers_panels_and_names_at_the_curves(results, pap
             np.testing.assert_allclose(line.get_ydata(), published[metric, algorithm].mean, atol=tolerance)
             assert to_hex(line.get_color()) == COLOURS[algorithm]
     for figure in figures.values():
+        assert_texts_have_room(figure)
         for axes in figure.axes:
-            renderer = figure.canvas.get_renderer()
-            area = axes.get_window_extent(renderer)
-            boxes = [text.get_window_extent(renderer) for text in axes.texts]
-            shown = {" ".join(text.get_text().split()) for text in axes.texts}
-            assert len(boxes) >= 4 and shown <= set(ALGORITHM_LABELS.values())
-            assert all(area.x0 <= box.x0 and box.x1 <= area.x1 and area.y0 <= box.y0 and box.y1 <= area.y1 for box in boxes)
-            assert not any(one.overlaps(other) for one in boxes for other in boxes if one is not other)
-            for line in axes.get_lines()[:4]:
-                drawn = axes.transData.transform(line.get_xydata())
-                assert not any(box.contains(*point) for box in boxes for point in drawn)
+            lines = {line.get_label().split(" (")[0]: line for line in axes.get_lines()}
+            names = {" ".join(text.get_text().split()): text for text in axes.texts}
+            assert set(names) == set(lines) and len(names) >= 4
+            assert all(text.get_color() == lines[name].get_color() for name, text in names.items())
+            area = axes.get_window_extent()
+            assert all(Text.get_window_extent(text).x0 > area.x1 for text in names.values())  # so no name covers a curve
+            ends = {name: line.get_ydata()[-1] for name, line in lines.items()}
+            assert sorted(names, key=lambda name: names[name].xyann[1]) == sorted(ends, key=ends.get)
     assert figures["paper_figure"].texts[0].get_text() == "Means of 2 runs each; shaded: ± 1 standard error."
 
 
@@ -395,30 +491,30 @@ def test_paper_figure_draws_what_is_there_and_says_what_is_missing(results, pape
     store(results, CBP, 0, SMALL, next_task_dormant_units_analysis=[0, 0.5])
     figures, out = paper_figures(results)
     texts = [[" ".join(text.get_text().split()) for text in axes.texts] for axes in figures["paper_figure"].axes]
+    for figure in figures.values():
+        assert_texts_have_room(figure)
     assert texts == [["No runs yet"], ["Continual backpropagation"], ["No runs yet"]]
     assert f"{RANK}: no runs of base_deep_learning_system, continual_backpropagation, head_resetting, shrink_and_perturb" in out
     assert "Panel a: Base deep learning system: no retrained network of index 0; left out." in out
-    assert (
-        "Panel b: Continual backpropagation: 1 of 1 runs drawn in part (index 0: 2 of 3 tasks)."
-        in figures["paper_figure"].texts[0].get_text()
-    )
+    assert "Panel b: Continual backpropagation: index 0 has only 2 of 3 tasks." in figures["paper_figure"].texts[0].get_text()
     assert "One run each." in figures["test_accuracy_figure"].texts[0].get_text()
 
 
-def test_names_that_do_not_fit_give_way_to_a_legend():
-    with rc_context(STYLE):
-        figure = new_figure(2, 1)
-        axes = figure.add_axes((0, 0, 1, 1))
-        values = np.linspace(0, 1, 40)[:, None] + np.zeros((40, 5))
-        lines = {}
-        for number, row in enumerate(values):
-            lines[f"curve {number}"] = draw_curve(axes, Curve("x", (0,), np.arange(5), row[None]), strokes(["x"])["x"])
-        few = dict(list(lines.items())[::10])
-        assert label_curves(axes, few) is not None and len(axes.texts) == 4
-        for text in list(axes.texts):
-            text.remove()
-        crowded = {"a name that is much too long for this small figure": lines["curve 3"]}
-        assert label_curves(axes, crowded) is None and not axes.texts
+def test_wide_tick_labels_have_room_in_the_papers_figure(results, paper_figures):
+    accuracies = {BASE: [0.5, 0.5, 0.491, 0.491, 0.483, 0.483], RETRAINED: [0.5, 0.5, 0.55, 0.55, 0.61, 0.61]}
+    for algorithm, values in accuracies.items():
+        analyses = {RANK: [16, 15.99, 15.98], "next_task_dormant_units_analysis": [0, 0.0001, 0.0002]}
+        store(results, algorithm, 0, SMALL, test_accuracy_per_epoch=values, **analyses)
+    for figure in paper_figures(results)[0].values():
+        assert_texts_have_room(figure)
+
+
+def test_names_are_spread_near_where_they_are_wanted():
+    heights = np.array([0.1, 0.2, 0.1])
+    np.testing.assert_allclose(spread(np.array([0.2, 0.5, 0.8]), heights), [0.2, 0.5, 0.8])
+    np.testing.assert_allclose(spread(np.array([0.5, 0.5, 0.5]), heights), [0.35, 0.5, 0.65])
+    np.testing.assert_allclose(spread(np.array([0.0, 0.0, 0.9]), heights), [0.05, 0.2, 0.9])
+    np.testing.assert_allclose(spread(np.array([1.0, 1.0, 1.0]), heights), [0.65, 0.8, 0.95])
 
 
 # --- The comparison ------------------------------------------------------------------------------------------------------------------
@@ -483,6 +579,25 @@ def test_agreement_ends_at_the_tolerance(factor, verdict):
     assert point.tolerance == pytest.approx(tolerance) and point.verdict == verdict
 
 
+def test_comparison_is_written_before_it_is_printed(results, tmp_path, monkeypatch):
+    papers_runs(results, num_runs=2, algorithms=[BASE])
+
+    def printed(*texts, **_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(compare_with_paper, "print", printed, raising=False)
+    with pytest.raises(BrokenPipeError):
+        compare_with_paper.main(["--results_dir", str(results), "--output-dir", str(tmp_path)])
+    assert {path.suffix for path in tmp_path.glob("comparison_with_paper.*")} == {".md", ".png", ".svg"}
+
+
+def test_strict_says_what_chance_does(capsys):
+    with pytest.raises(SystemExit):
+        compare_with_paper.parse_arguments(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "at least one point disagrees" in text and "1 in 20" in text
+
+
 def test_one_run_is_too_few_to_claim_anything(results, tmp_path, capsys):
     papers_runs(results, num_runs=1, algorithms=[BASE, RETRAINED])
     arguments = "--results_dir", results, "--output-dir", tmp_path
@@ -498,7 +613,7 @@ def test_other_experiments_are_named_and_left_out(results, tmp_path, capsys):
     output = tmp_path / "output"
     arguments = "--results_dir", results, "--output-dir", output
     status, out, _ = run(compare_with_paper, capsys, *arguments)
-    assert status == 0 and out.splitlines()[-1] == "Nothing compared: no run of the paper's experiment here."
+    assert status == 0 and out.splitlines()[-1] == "Nothing compared: no run of the paper's experiment here; nothing written."
     notes = [line for line in out.splitlines() if "another experiment" in line]
     assert len(notes) == 1 and "base_deep_learning_system: indices 0, 1 left out" in notes[0]
     assert "dataset synthetic instead of cifar100, num_tasks 3 instead of 20" in notes[0]
@@ -515,6 +630,7 @@ def test_figure_of_differences_shows_the_points(results):
     with rc_context(STYLE):
         figure = compare_with_paper.draw_differences(points)
     assert len(figure.axes) == 3  # without retrained networks there is no relative accuracy
+    assert_texts_have_room(figure)
     axes = figure.axes[0]
     of_accuracy = [point for point in points if point.metric == "test_accuracy"]
     differing = next(line for line in axes.get_lines() if line.get_label() == "_differs")
@@ -540,6 +656,11 @@ def save_archive(path):
         np.savez(file, a=np.ones(6))
 
 
+def save_impossible_shape(path, shape):
+    np.save(path, np.ones(6))
+    path.write_bytes(path.read_bytes().replace(b"(6,), }" + b" " * (len(shape) - 4), shape.encode() + b", }", 1))  # of equal length
+
+
 def metric_file(results):
     return results / BASE / ACCURACY / "index-0.npy"
 
@@ -555,7 +676,7 @@ BAD_RESULTS = {
     "empty file": (lambda results: metric_file(results).write_bytes(b""), "index-0.npy: cannot read"),
     "truncated": (lambda results: metric_file(results).write_bytes(metric_file(results).read_bytes()[:-3]), "index-0.npy: cannot read"),
     "text": (lambda results: metric_file(results).write_text("0.5 0.6"), "index-0.npy: cannot read"),
-    "archive": (lambda results: save_archive(metric_file(results)), "index-0.npy: expected one number"),
+    "archive": (lambda results: save_archive(metric_file(results)), "index-0.npy: cannot read"),
     "broken archive": (lambda results: metric_file(results).write_bytes(b"PK\x03\x04 and so on"), "index-0.npy: cannot read"),
     "two dimensions": (lambda results: np.save(metric_file(results), np.ones((2, 3))), "index-0.npy: expected one number"),
     "complex": (lambda results: np.save(metric_file(results), np.ones(6, dtype=complex)), "index-0.npy: expected one number"),
@@ -566,6 +687,13 @@ BAD_RESULTS = {
     "infinite": (lambda results: np.save(metric_file(results), np.full(6, np.inf)), "value 0 is inf"),
     "not a number": (lambda results: np.save(metric_file(results), [0.1, np.nan]), "the value of epoch 2 is not a number"),
     "a folder": (lambda results: (metric_file(results).unlink(), metric_file(results).mkdir()), "index-0.npy: cannot read"),
+    "negative shape": (lambda results: save_impossible_shape(metric_file(results), "(-1,)"), "index-0.npy: cannot read"),
+    "huge shape": (lambda results: save_impossible_shape(metric_file(results), "(10000000000000,)"), "index-0.npy: cannot read"),
+    "metric a file": (
+        lambda results: (metric_file(results).unlink(), metric_file(results).parent.rmdir(), metric_file(results).parent.touch()),
+        "test_accuracy_per_epoch: expected a folder here",
+    ),
+    "config a pipe": (lambda results: (config_file(results).unlink(), os.mkfifo(config_file(results))), "(not a file)"),
     "config not JSON": (lambda results: config_file(results).write_text("{"), "index-0.json: cannot read the stored config"),
     "config a list": (lambda results: config_file(results).write_text("[]"), "index-0.json: cannot read the stored config"),
     "config not text": (lambda results: config_file(results).write_bytes(b"\xff\xfe"), "index-0.json: cannot read the stored config"),
@@ -583,6 +711,10 @@ BAD_RESULTS = {
     "other width": (
         lambda results: store(results, BASE, 1, SMALL | {"network_width": 3}, test_accuracy_per_epoch=[0.5]),
         "network_width is 2",
+    ),
+    "other batches": (
+        lambda results: store(results, BASE, 1, SMALL | {"batch_size": 30}, test_accuracy_per_epoch=[0.5]),
+        "batch_size is 90 in base_deep_learning_system/config_files/index-0.json and 30 in",
     ),
 }
 
@@ -613,11 +745,16 @@ BAD_ARGUMENTS = {
     "unknown metric": (["--metric", "accuracy"], "invalid choice"),
     "suffix": (["--metric", ACCURACY, "--output", "figure.jpg"], "must end in one of .png, .svg, .pdf"),
     "no suffix": (["--metric", ACCURACY, "--output", "figure"], "must end in one of"),
-    "folder as output": (["--metric", ACCURACY, "--output", "{}/folder.svg"], "this is a folder"),
-    "output in a file": (["--metric", ACCURACY, "--output", "{}/file/figure.svg"], "cannot write this file"),
+    "folder as output": (["--metric", ACCURACY, "--output", "{}/folder.svg"], "folder.svg: cannot write this file (this is a folder)"),
+    "output in a file": (
+        ["--metric", ACCURACY, "--output", "{}/file/figure.svg"],
+        "figure.svg: cannot write this file (file is not a folder)",
+    ),
+    "output name too long": (["--metric", ACCURACY, "--output", "x" * 300 + ".svg"], "cannot write this file (File name too long)"),
     "no results": (["--metric", ACCURACY, "--results_dir", "{}/nowhere"], "no such folder"),
     "name too long": (["--metric", ACCURACY, "--results_dir", "x" * 5000], "no such folder"),
     "results of one algorithm": (["--metric", ACCURACY, "--results_dir", "{}/base_deep_learning_system"], "is one algorithm's"),
+    "a file as algorithm": (["--metric", ACCURACY, "--algorithms", "file"], "results/file: expected a folder here"),
     "no such algorithm": (["--metric", ACCURACY, "--algorithms", f"{BASE},mine"], "mine/test_accuracy_per_epoch: no run's metric here"),
     "empty name": (["--metric", ACCURACY, "--algorithms", f"{BASE},"], "expected names of folders"),
     "path as name": (["--metric", ACCURACY, "--algorithms", "../results"], "expected names of folders"),
@@ -647,17 +784,30 @@ def test_bad_arguments_are_one_line_and_nothing_is_written(results, tmp_path, ca
     assert everything_in(tmp_path) == before
 
 
-@pytest.mark.parametrize("script", [plot_paper_figure, compare_with_paper], ids=lambda script: script.__name__.split(".")[-1])
-def test_bad_arguments_of_the_other_scripts(script, results, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("script", "script_outputs"),
+    [
+        (plot_paper_figure, ["paper_figure.png", "paper_figure.svg", "test_accuracy_figure.png", "test_accuracy_figure.svg"]),
+        (compare_with_paper, ["comparison_with_paper.md", "comparison_with_paper.png", "comparison_with_paper.svg"]),
+    ],
+    ids=["paper_figure", "comparison"],
+)
+def test_bad_arguments_of_the_other_scripts(script, script_outputs, results, tmp_path, capsys):
     papers_runs(results, num_runs=1, algorithms=[BASE])
     (tmp_path / "file").write_text("")
     before = everything_in(tmp_path)
     assert_one_line(*run(script, capsys, "--results_dir", tmp_path / "nowhere"), "no such folder")
     assert_one_line(*run(script, capsys, "--results_dir", results / BASE), "is one algorithm's")
     assert_one_line(*run(script, capsys, "--no-such-argument"), "unrecognized arguments")
-    status, _, err = run(script, capsys, "--results_dir", results, "--output-dir", tmp_path / "file")
-    assert status == 2 and err.count("\n") == 1 and "cannot write this file" in err
+    status, out, err = run(script, capsys, "--results_dir", results, "--output-dir", tmp_path / "file")
+    assert_one_line(status, out, err, "cannot write this file")
     assert everything_in(tmp_path) == before
+    for name in script_outputs:  # whichever cannot be written, the others are not written either
+        (tmp_path / "output" / name).mkdir(parents=True)
+        before = everything_in(tmp_path)
+        assert_one_line(*run(script, capsys, "--results_dir", results, "--output-dir", tmp_path / "output"), f"{name}: cannot write")
+        assert everything_in(tmp_path) == before
+        (tmp_path / "output" / name).rmdir()
 
 
 def test_nothing_at_all_for_the_papers_figure(results, capsys):

@@ -128,6 +128,17 @@ def test_lists_of_finished_runs_hold_integers(tmp_path, stored):
         RunFiles(tmp_path, 0).finished_indices()
 
 
+@pytest.mark.parametrize("name", ["experiment_indices.npy", "config_files/index-0.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_something_else_in_the_place_of_a_file_is_one_line(tmp_path, name, make):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    make(tmp_path / name)
+    files = RunFiles(tmp_path, 0)
+    with pytest.raises(UserError, match="in the place of this file"):
+        files.load_config()
+        files.finished_indices()
+
+
 def test_digests_see_every_value_type_shape_and_name():
     state = {"a": torch.zeros(2, 3), "b": [1, 2.0, "x", None], "c": {"d": torch.tensor(1)}}
     variants = [
