@@ -100,11 +100,12 @@ class IncrementalCIFARExperiment(Experiment):
     def run(self) -> None:
         """Train from the start, or from the last checkpoint, to the end of the last task.
 
-        Ends the process with status 130 or 143 if Ctrl-C or SIGTERM asked for it, after the current epoch and with a checkpoint.
+        Ends the process with status 130, 143 or 138 if Ctrl-C, SIGTERM or SIGUSR1 asked for it, after the current epoch and with a checkpoint.
         Raises UserError if the loss is no longer finite.
         """
+        nothing_to_do = f"Index {self.run_index} of {self.results_dir} is finished; nothing to do."
         if self.is_finished:
-            print(f"Index {self.run_index} of {self.results_dir} is finished; nothing to do.")
+            print(nothing_to_do)
             return
         set_arithmetic(self.config.precision, self.config.deterministic)
         self.load_data()
@@ -113,6 +114,7 @@ class IncrementalCIFARExperiment(Experiment):
             self.check_stored_config()
             self.is_finished = self.run_index in self.files.finished_indices()
             if self.is_finished:
+                print(nothing_to_do)
                 return
             self.build_learner()
             first_epoch = self.start_or_resume()
