@@ -100,7 +100,7 @@ class IncrementalCIFARExperiment(Experiment):
     def run(self) -> None:
         """Train from the start, or from the last checkpoint, to the end of the last task.
 
-        Ends the process with status 130, 143 or 138 if Ctrl-C, SIGTERM or SIGUSR1 asked for it, after the current epoch and with a checkpoint.
+        If Ctrl-C, SIGTERM or SIGUSR1 asks for it, ends the process after the current epoch, with a checkpoint and status 130, 143 or 138.
         Raises UserError if the loss is no longer finite.
         """
         nothing_to_do = f"Index {self.run_index} of {self.results_dir} is finished; nothing to do."
