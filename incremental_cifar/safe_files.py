@@ -63,7 +63,7 @@ def lock(path: Path, wait: bool = False) -> Iterator[str | None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            yield os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "unknown"
+            yield _read_holder(descriptor)
             return
         except OSError as error:
             if error.errno not in NO_LOCKS:
@@ -81,6 +81,16 @@ def lock(path: Path, wait: bool = False) -> Iterator[str | None]:
                 os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)
+
+
+def _read_holder(descriptor: int, patience: float = 2.0) -> str:
+    """Who holds a lock; its holder may have had no time yet to say so, so wait for that up to `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
+        if holder or time.monotonic() > deadline:
+            return holder or "unknown"
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager

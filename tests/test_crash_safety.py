@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -261,6 +262,18 @@ def test_the_lock_of_a_killed_process_does_not_block(tmp_path, script):
     assert f"process {run.process.pid}," in lock_file.read_text()
     assert script(arguments).wait() == 0
     assert lock_file.read_text() == ""
+
+
+def test_a_holder_that_has_not_said_yet_who_it_is_is_waited_for(tmp_path):
+    """Between taking the lock and writing its name, the winner of two processes is nobody: the loser asks again."""
+    path = tmp_path / "run.lock"
+    with open(path, "wb", buffering=0) as winner:
+        safe_files.fcntl.flock(winner, safe_files.fcntl.LOCK_EX)
+        late = threading.Timer(0.2, winner.write, [b"host a, process 1, since 2026"])
+        late.start()
+        with safe_files.lock(path) as holder:
+            assert holder == "host a, process 1, since 2026"
+        late.join()
 
 
 def test_without_flock_the_existence_of_a_file_is_the_lock(tmp_path, monkeypatch):
