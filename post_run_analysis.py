@@ -37,12 +37,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from incremental_cifar.cifar100 import ImageSet, load_images
-from incremental_cifar.command_line import OneLineArgumentParser, run_script
-from incremental_cifar.config import NUM_CLASSES, REPOSITORY, RULES, Config, UserError, make_config
+from incremental_cifar.command_line import OneLineArgumentParser, parse_indices, run_script
+from incremental_cifar.config import NUM_CLASSES, NUM_SEEDS, REPOSITORY, RULES, SIZE_KEYS, Config, UserError, read_sizes
 from incremental_cifar.resnet import ResNet18, build_network
 from incremental_cifar.run_files import RunFiles, array_bytes
-from incremental_cifar.safe_files import write_file
-from incremental_cifar.seeds import NUM_SEEDS, Purpose, draw_class_order, experiment_seed, generator_for
+from incremental_cifar.safe_files import check_destinations, write_file
+from incremental_cifar.seeds import Purpose, draw_class_order, experiment_seed, generator_for
 from incremental_cifar.training import choose_device, set_arithmetic
 from incremental_cifar.unit_metrics import (
     IMAGES_PER_CHUNK,
@@ -62,17 +62,6 @@ WEIGHT_MAGNITUDE = "weight_magnitude_analysis"
 ACCURACY_PER_CLASS = "accuracy_per_class_in_order"
 UNIT_METRICS = ("dormant_units", "effective_rank", "stable_rank")
 TASK_METRICS = (WEIGHT_MAGNITUDE, *(f"{shown}_{metric}_analysis" for shown in ("next_task", "previous_tasks") for metric in UNIT_METRICS))
-
-# The settings of a run that the analysis depends on; the released code stores none of them: then the paper's hold.
-SIZE_KEYS = (
-    "dataset",
-    "num_tasks",
-    "classes_per_task",
-    "epochs_per_task",
-    "train_images_per_class",
-    "validation_images_per_class",
-    "test_images_per_class",
-)
 
 
 class Run(NamedTuple):
@@ -104,9 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     results = [no_results(run) if parsed.overwrite else load_results(run) for run in runs]
     missing = [missing_tasks(run, stored) for run, stored in zip(runs, results, strict=True)]
-    for run, tasks in zip(runs, missing, strict=True):
+    for run, stored, tasks in zip(runs, results, missing, strict=True):
         if tasks:
-            check_destinations(run)
+            check_destinations(settings_file(run.files), *map(run.files.array_file, stored))
     load_images_once = functools.lru_cache(maxsize=1)(load_images)  # the runs of an experiment share them
     # Two sets of images per task, one for the first, and the test images for the final network.
     num_analyses = sum(2 if 0 < task < run.sizes.num_tasks else 1 for run, tasks in zip(runs, missing, strict=True) for task in tasks)
@@ -156,7 +145,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--experiment-index",
         metavar="N",
-        help="the runs to analyse, finished or not: one index, a range as in 0-3, or several as in 0,2 (default all finished runs)",
+        help="the runs to analyse, finished or not: one index, a range as in 0-3, or several as in 0,2,5-7 (default all finished runs)",
     )
     parser.add_argument(
         "--batch_norm",
@@ -174,21 +163,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not is_valid_device(parsed.device):
         raise UserError(f'--device: got "{parsed.device}"; it must be {valid_devices}')
     return parsed
-
-
-def parse_indices(text: str) -> list[int]:
-    """Indices written as "3", "0-3" or "0,2-4": sorted, each once. Raises UserError."""
-    indices = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,5})\s*(?:-\s*([0-9]{1,5})\s*)?", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last:
-            raise UserError(
-                f'--experiment-index: got "{text}"; it must be an integer from 0 to {NUM_SEEDS - 1}, a range as in 0-3, or several as in '
-                "0,2"
-            )
-        indices.update(range(first, last + 1))
-    return sorted(indices)
 
 
 def choose_indices(folder: Path, wanted: str | None) -> list[int]:
@@ -226,8 +200,6 @@ def choose_indices(folder: Path, wanted: str | None) -> list[int]:
 def finished_indices(folder: Path) -> list[int]:
     """The indices that an experiment's list names as finished, sorted. Raises UserError if it cannot be read or one cannot be an index."""
     files = RunFiles(folder, 0)
-    if files.indices_file.exists() and not files.indices_file.is_file():
-        raise UserError(f"{files.indices_file}: the list of finished runs is not a file")
     finished = files.finished_indices()
     if impossible := [index for index in finished if index not in range(NUM_SEEDS)]:
         raise UserError(
@@ -256,7 +228,7 @@ def find_run(folder: Path, index: int, dormant_unit_threshold: float, batch_norm
     """Read and check everything of a run but the contents of its models. Raises UserError, naming the file."""
     files = RunFiles(folder, index)
     experiment_seed(index)  # raises for an index that cannot be
-    sizes, network_width = load_sizes(files)
+    sizes, stored_keys = read_sizes(files.config_file)
     is_finished = index in finished_indices(folder)
     class_order = load_class_order(files, is_finished)
 
@@ -278,32 +250,11 @@ def find_run(folder: Path, index: int, dormant_unit_threshold: float, batch_norm
         "dormant_unit_threshold": dormant_unit_threshold,
         "batch_norm": batch_norm,
         "images": NUM_ANALYSED_IMAGES,
-        **{key: getattr(sizes, key) for key in SIZE_KEYS},
-        "network_width": network_width,
+        **{key: getattr(sizes, key) for key in SIZE_KEYS if key != "batch_size"},  # which no result depends on
+        "network_width": sizes.network_width if "network_width" in stored_keys else None,
         "class_order_sha256": hashlib.sha256(class_order.tobytes()).hexdigest(),
     }
     return Run(files, sizes, class_order, min(len(epochs), sizes.num_tasks), expected[-1] in epochs, settings, digests)
-
-
-def load_sizes(files: RunFiles) -> tuple[Config, int | None]:
-    """The sizes a run was started with, the paper's where the stored config names none or is not there; and the width, if it is stored.
-
-    Raises UserError. Other keys are passed over: the released code stores settings, and its running state, that this project does not
-    know.
-    """
-    settings = {}
-    if os.path.lexists(files.config_file):
-        try:
-            if not files.config_file.is_file():
-                raise ValueError("not a file")
-            settings = json.loads(files.config_file.read_text(encoding="utf-8"))
-            if not isinstance(settings, dict):
-                raise ValueError("not an object of keys and values")
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{files.config_file}: cannot read the stored config of this run ({error})") from None
-    known = {key: settings[key] for key in (*SIZE_KEYS, "network_width") if key in settings}
-    sizes = make_config(known, source=str(files.config_file))
-    return sizes, sizes.network_width if "network_width" in known else None
 
 
 def load_class_order(files: RunFiles, is_finished: bool) -> np.ndarray:
@@ -504,21 +455,6 @@ def missing_tasks(run: Run, results: dict[str, np.ndarray]) -> list[int]:
     if run.has_final_network and not np.isfinite(results[ACCURACY_PER_CLASS]).all():
         tasks.append(run.sizes.num_tasks)
     return tasks
-
-
-def check_destinations(run: Run) -> None:
-    """Raise UserError if a result of this run could not be written, so that this is known before the work."""
-    for path in (settings_file(run.files), *(run.files.array_file(metric) for metric in no_results(run))):
-        folder = path.parent if os.path.lexists(path.parent) else run.files.folder
-        reason = None
-        if not folder.is_dir():
-            reason = f"{folder.name} is not a folder"
-        elif not os.access(folder, os.W_OK | os.X_OK):
-            reason = f"no permission to write in {folder.name}/"
-        elif path.exists() and not path.is_file():
-            reason = "what has its name is not a file"
-        if reason:
-            raise UserError(f"{path}: cannot write this file ({reason})")
 
 
 def save_results(run: Run, results: dict[str, np.ndarray]) -> None:

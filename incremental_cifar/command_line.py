@@ -1,16 +1,17 @@
-"""What the scripts' command lines have in common: errors of one line with exit status 2, and signals that ask a run to stop."""
+"""What the scripts' command lines have in common: indices, errors of one line with exit status 2, signals that ask a run to stop."""
 
 import argparse
 import contextlib
 import io
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
-from incremental_cifar.config import UserError
+from incremental_cifar.config import NUM_SEEDS, UserError
 
 
 class OneLineArgumentParser(argparse.ArgumentParser):
@@ -18,6 +19,23 @@ class OneLineArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help shows the arguments)")
+
+
+def parse_indices(text: str) -> list[int]:
+    """The indices of `--experiment-index`, as in "3", "0-3" or "0,2,5-7": sorted, without repeats. Raises UserError."""
+    indices: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,5})\s*(?:-\s*([0-9]{1,5})\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            shown = text if len(text) <= 60 else text[:57] + "..."
+            raise UserError(
+                f'--experiment-index: got "{shown}"; it must be an integer from 0 to {NUM_SEEDS - 1}, a range as in 0-3, or several as in '
+                "0,2,5-7"
+            )
+        if len(indices) < NUM_SEEDS:  # else all are there: what follows need only be checked
+            indices.update(range(first, last + 1))
+    return sorted(indices)
 
 
 def run_script(main: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | None = None) -> int:
@@ -28,17 +46,23 @@ def run_script(main: Callable[[Sequence[str] | None], int], arguments: Sequence[
     try:
         return main(arguments)
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        show_error(error)
         return 2
     except BrokenPipeError:  # whoever read the output, as `| head` does, has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
-        print("error: " + " ".join(what.split()), file=sys.stderr, flush=True)
+        show_error(error)
         return 2
     except KeyboardInterrupt:  # outside `stop_requests`: before the work began, or after it
         return 128 + signal.SIGINT
+
+
+def show_error(error: Exception, where: str = "") -> None:
+    """Print a UserError, or what the system refuses, as one line on standard error. where: begins the line, as in "index 3: "."""
+    is_about_a_file = isinstance(error, OSError) and error.filename is not None
+    what = f"{error.filename}: {error.strerror}" if is_about_a_file else str(error)
+    print("error: " + " ".join((where + what).split()), file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:

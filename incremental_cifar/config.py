@@ -18,6 +18,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NUM_CLASSES = 100
+NUM_SEEDS = 100_000  # what mlproj_manager.util.get_random_seeds returns: an index is from 0 to one less
 TRAIN_IMAGES_PER_CLASS = 500  # of CIFAR-100: validation and training images together
 TEST_IMAGES_PER_CLASS = 100
 
@@ -72,6 +73,8 @@ class Config:
     checkpoint_save_frequency: int = 0  # epochs between checkpoints; 0: one task
     device: str = "auto"  # "auto": the first GPU if there is one; "cpu", "cuda", "cuda:N"
     precision: str = "tf32"  # "tf32" (as released; on a CPU the same as fp32), "fp32" or "bf16"
+    compile_network: bool = False  # fuse the network's operations with torch.compile: other last bits, a minute more at the start
+    cuda_graphs: bool = True  # on a GPU, record a step once and replay it: the same results, faster
     deterministic: bool = True  # the same index gives the same results, to the bit, on the same machine
 
     @property
@@ -105,7 +108,20 @@ class Config:
 
 # Keys that may change between the start of a run and its resumption, since they cannot change the results (of the device, the
 # last bits: resuming elsewhere is allowed, with a warning).
-FREE_KEYS = frozenset({"data_path", "results_dir", "experiment_name", "num_workers", "checkpoint_save_frequency", "device"})
+FREE_KEYS = frozenset({"data_path", "results_dir", "experiment_name", "num_workers", "checkpoint_save_frequency", "device", "cuda_graphs"})
+
+# The settings that say what a run's files hold. The released code stores none of them: then the paper's hold, which are the defaults.
+SIZE_KEYS = (
+    "dataset",
+    "num_tasks",
+    "classes_per_task",
+    "epochs_per_task",
+    "batch_size",
+    "train_images_per_class",
+    "validation_images_per_class",
+    "test_images_per_class",
+    "network_width",
+)
 
 DEVICE_NAMES = '"auto", "cpu", "cuda" or "cuda:N"'
 
@@ -217,17 +233,8 @@ def differing_keys(stored: Config, config: Config) -> list[str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError if it cannot be read, is something else, or has a key (but a comment) twice."""
-
-    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in content and not key.startswith("_"):
-                raise UserError(f'{path}: key "{key}" appears twice; keep one of them')
-            content[key] = value
-        return content
-
     try:
-        settings = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
+        settings = _json_content(path)
     except OSError as error:
         raise UserError(f"{path}: cannot read this config file ({error.strerror}); cfg/ holds one per algorithm") from None
     except (UnicodeDecodeError, RecursionError):
@@ -237,6 +244,43 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"{path}: expected a JSON object of keys and values, found {TYPE_NAMES.get(type(settings), 'a number')}")
     return settings
+
+
+def read_stored(path: Path, what: str = "config") -> dict[str, Any] | None:
+    """The JSON object that a run stored; None if there is no such file. Raises UserError, saying `what` it should be, for anything else."""
+    try:
+        if os.path.lexists(path) and not path.is_file():  # a pipe, say, would keep its reader waiting
+            raise ValueError("not a file")
+        settings = _json_content(path)
+        if not isinstance(settings, dict):
+            raise ValueError("not an object of keys and values")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot read the stored {what} of this run ({getattr(error, 'strerror', None) or error})") from None
+    return settings
+
+
+def read_sizes(path: Path) -> tuple[Config, set[str]]:
+    """The sizes (SIZE_KEYS) in a stored config, the paper's where it names none or is not there; and the keys that it names.
+
+    Other keys are passed over: the released code stores settings, and its running state, that are unknown here. Raises UserError.
+    """
+    settings = read_stored(path) or {}
+    sizes = {key: settings[key] for key in SIZE_KEYS if key in settings}
+    return make_config(sizes, source=str(path)), set(sizes)
+
+
+def _json_content(path: Path) -> Any:
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in content and not key.startswith("_"):
+                raise UserError(f'{path}: key "{key}" appears twice; keep one of them')
+            content[key] = value
+        return content
+
+    return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
 
 
 def _parse_override(override: str) -> tuple[str, Any]:

@@ -9,6 +9,7 @@ An experiment's folder, results_dir/experiment_name/, holds for each index K:
     <metric>/index-K.npy                      one folder per metric, see learning_curves.METRICS
     model_parameters/index-K_epoch-E.pt       state dicts: the initial network (E = 0) and the network at the end of each task
     experiment_checkpoints/index-K_epoch-E.pt what a run resumes from; the newest two
+    progress/index-K.json                     how far the run is, for whoever watches; nothing depends on it
     experiment_indices.npy                    the finished indices, sorted; a run's index is added after everything else
 
 Every file is complete or absent: it is written beside its place, flushed to disk, and moved over it. Files are read without executing
@@ -23,14 +24,16 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from incremental_cifar.command_line import warn
-from incremental_cifar.config import Config, UserError, make_config, read_json
-from incremental_cifar.safe_files import lock, write_file
+from incremental_cifar.config import Config, UserError, make_config, read_stored
+from incremental_cifar.safe_files import lock, read_note, write_file, write_note
+
+if TYPE_CHECKING:
+    import torch  # otherwise imported where tensors are written or read: whoever only looks at runs need not wait seconds for it
 
 CHECKPOINTS_KEPT = 2
 
@@ -63,10 +66,8 @@ class RunFiles:
 
     def load_config(self) -> Config | None:
         """The config this run was started with, or None if it was not. Raises UserError if the file is not a config."""
-        if not self.config_file.exists():
-            return None
-        _require_plain_file(self.config_file)
-        return make_config(read_json(self.config_file), source=str(self.config_file), experiment_name=self.folder.name)
+        settings = read_stored(self.config_file)
+        return None if settings is None else make_config(settings, source=str(self.config_file), experiment_name=self.folder.name)
 
     # --- metrics ---
 
@@ -75,7 +76,7 @@ class RunFiles:
 
     # --- models and checkpoints ---
 
-    def save_model(self, epoch: int, network: torch.nn.Module) -> None:
+    def save_model(self, epoch: int, network: "torch.nn.Module") -> None:
         """Store a network's state dict, on the CPU and contiguous, as the network of this epoch."""
         state = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
         write_file(self.model_file(epoch), state_bytes(state))
@@ -119,15 +120,32 @@ class RunFiles:
         matches = [match for match in map(pattern.fullmatch, names) if match]
         return sorted((int(match[1]), self.checkpoint_folder / match[0]) for match in matches)
 
+    # --- how far it is ---
+
+    @property
+    def progress_file(self) -> Path:
+        return self.folder / "progress" / f"index-{self.index}.json"
+
+    def save_progress(self, progress: dict[str, Any]) -> None:
+        """Say how far the run is; nothing depends on this file."""
+        write_note(self.progress_file, progress)
+
+    def load_progress(self) -> dict[str, Any]:
+        """What the run last said about itself (see `report_progress` of the experiment); empty if that cannot be read."""
+        return read_note(self.progress_file)
+
     # --- one run, one process ---
+
+    @property
+    def lock_file(self) -> Path:
+        return self.folder / f".index-{self.index}.lock"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold this run's lock; raise UserError, naming the holder, if another process does."""
-        path = self.folder / f".index-{self.index}.lock"
-        with lock(path) as holder:
+        with lock(self.lock_file) as holder:
             if holder is not None:
-                raise UserError(f"{path}: another process is working on index {self.index} of this experiment: {holder}")
+                raise UserError(f"{self.lock_file}: another process is working on index {self.index} of this experiment: {holder}")
             for partial in self.folder.glob(f"*/.index-{self.index}[._]*.partial"):  # of a process that was killed while it wrote
                 partial.unlink(missing_ok=True)
             yield
@@ -138,7 +156,8 @@ class RunFiles:
         """Indices of this experiment's finished runs, sorted; also from a file of the released code. Raises UserError if unreadable."""
         if not self.indices_file.exists():
             return []
-        _require_plain_file(self.indices_file)
+        if not self.indices_file.is_file():  # a folder, or a pipe that would be waited for
+            raise UserError(f"{self.indices_file}: there is something else in the place of this file; move it away")
         try:
             indices = np.load(self.indices_file, allow_pickle=False)
             if indices.dtype.kind not in "iu":
@@ -155,11 +174,6 @@ class RunFiles:
             write_file(self.indices_file, array_bytes(indices))
 
 
-def _require_plain_file(path: Path) -> None:
-    if not path.is_file():  # a folder, or a pipe that would be waited for
-        raise UserError(f"{path}: there is something else in the place of this file; move it away")
-
-
 def array_bytes(array: np.ndarray) -> memoryview:
     """The content of an .npy file."""
     buffer = io.BytesIO()
@@ -169,6 +183,8 @@ def array_bytes(array: np.ndarray) -> memoryview:
 
 def state_bytes(state: dict[str, Any]) -> memoryview:
     """The content of a .pt file; made in memory, so that whatever the disk does shows up as an OSError of `write_file`."""
+    import torch
+
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getbuffer()
@@ -180,6 +196,8 @@ class DamagedFile(Exception):
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint's state, its tensors on the CPU. Raises DamagedFile if it cannot be read or its checksum does not hold."""
+    import torch
+
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, depending on where a file is damaged
@@ -191,6 +209,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def state_digest(state: Any) -> str:
     """SHA-256 over all values of nested dicts, lists, tensors, numbers and strings, with their types, shapes and names."""
+    import torch
+
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:

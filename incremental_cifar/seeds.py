@@ -11,9 +11,7 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-from incremental_cifar.config import NUM_CLASSES, UserError
-
-NUM_SEEDS = 100_000  # what mlproj_manager.util.get_random_seeds returns
+from incremental_cifar.config import NUM_CLASSES, NUM_SEEDS, UserError
 
 
 class Purpose(IntEnum):

@@ -30,7 +30,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from incremental_cifar.command_line import OneLineArgumentParser, run_script
-from incremental_cifar.safe_files import write_file
+from incremental_cifar.safe_files import check_destinations, write_file
 from plots.drawing import (
     FULL_WIDTH,
     GREY,
@@ -44,7 +44,7 @@ from plots.drawing import (
     strokes,
     wrapped,
 )
-from plots.output_files import check_destinations, write_figure
+from plots.output_files import write_figure
 from plots.published_curves import PublishedCurve, read_published_curves
 from plots.run_results import (
     ALGORITHM_LABELS,

@@ -1,14 +1,13 @@
 """Writing figures and tables: each file whole or not at all, and from the same numbers always the same bytes."""
 
 import io
-import os
 from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from incremental_cifar.config import UserError
-from incremental_cifar.safe_files import write_file
+from incremental_cifar.safe_files import check_destinations, write_file
 from plots.drawing import STYLE
 
 # Per format, the entries that would differ from one call to the next.
@@ -22,29 +21,6 @@ def check_figure_path(path: Path) -> Path:
         raise UserError(f"--output {path}: the name must end in one of {SUFFIXES}")
     check_destinations(path)
     return path
-
-
-def check_destinations(*paths: Path) -> None:
-    """Raise UserError if one of these files cannot be written, before the first of them is."""
-    for path in paths:
-        reason = ""
-        try:
-            os.lstat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except (OSError, ValueError) as error:  # a name that is too long, or that no file can have
-            reason = getattr(error, "strerror", None) or str(error)
-        folder = path.parent
-        while not os.path.lexists(folder) and folder != folder.parent:
-            folder = folder.parent
-        if os.path.isdir(path):
-            reason = "this is a folder"
-        elif not os.path.isdir(folder):
-            reason = f"{folder.name} is not a folder"
-        elif not os.access(folder, os.W_OK | os.X_OK):
-            reason = "its folder cannot be written to"
-        if reason:
-            raise UserError(f"{path}: cannot write this file ({reason})")
 
 
 def write_figure(figure: Figure, *paths: Path) -> None:

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from incremental_cifar.command_line import OneLineArgumentParser, run_script
 from incremental_cifar.config import UserError
+from incremental_cifar.safe_files import check_destinations
 from plots.drawing import (
     FULL_WIDTH,
     SINGLE_COLUMN,
@@ -41,7 +42,7 @@ from plots.drawing import (
     strokes,
     wrapped,
 )
-from plots.output_files import check_destinations, write_figure
+from plots.output_files import write_figure
 from plots.run_results import (
     ALGORITHM_LABELS,
     METRICS,

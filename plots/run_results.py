@@ -14,16 +14,15 @@ Results of the released code store no sizes; then the paper's hold. n runs, p po
 """
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from incremental_cifar.config import REPOSITORY, Config, UserError, make_config
+from incremental_cifar.config import REPOSITORY, SIZE_KEYS, Config, UserError, read_sizes, read_stored
 
 # The paper's algorithms by the names of their folders, in the order of legends.
 ALGORITHM_LABELS = {
@@ -35,18 +34,6 @@ ALGORITHM_LABELS = {
 }
 RETRAINED = "retrained_network"  # what relative accuracies are relative to
 
-# What of a stored config a figure depends on, and whether it is the paper's problem. `Config`'s defaults are the paper's.
-SIZE_KEYS = (
-    "dataset",
-    "num_tasks",
-    "classes_per_task",
-    "epochs_per_task",
-    "batch_size",
-    "train_images_per_class",
-    "validation_images_per_class",
-    "test_images_per_class",
-    "network_width",
-)
 LAST_LAYER_WIDTHS = 8  # the last layer has 8 x network_width units
 
 
@@ -221,7 +208,7 @@ def _indices(results_dir: Path, algorithm: str, metric: Metric) -> list[int]:
 
 def _read_run(results_dir: Path, algorithm: str, index: int, metric: Metric) -> Run:
     folder = results_dir / algorithm
-    sizes = read_sizes(folder / "config_files" / f"index-{index}.json")
+    sizes, _ = read_sizes(folder / "config_files" / f"index-{index}.json")
     num_units = LAST_LAYER_WIDTHS * sizes.network_width
     longest = sizes.num_tasks * (sizes.epochs_per_task if metric.per_epoch else 1)
     most, scale = {"fraction": (1.0, 100.0), "rank": (float(num_units), 100.0 / num_units), "plain": (np.inf, 1.0)}[metric.kind]
@@ -236,39 +223,15 @@ def _read_run(results_dir: Path, algorithm: str, index: int, metric: Metric) -> 
     return Run(algorithm, index, sizes, analysis, values * scale)
 
 
-def read_sizes(path: Path) -> Config:
-    """The sizes in a stored config; the paper's for keys that are missing, or if there is no such file. Other keys are passed over.
-
-    Raises UserError if the file is there but is no config.
-    """
-    settings = _read_json(path, "config") or {}
-    return make_config({key: settings[key] for key in SIZE_KEYS if key in settings}, source=str(path))
-
-
 def read_analysis_settings(path: Path) -> AnalysisSettings:
     """What a run was analysed with; the released script's settings if there is no such file. Raises UserError if it says nothing."""
-    settings = _read_json(path, "analysis settings")
+    settings = read_stored(path, "analysis settings")
     if settings is None:
         return AnalysisSettings()
     batch_norm, threshold = (settings.get(key) for key in AnalysisSettings._fields)
     if batch_norm not in ("batch", "running") or type(threshold) not in (int, float):
         raise UserError(f"{path}: does not say what this run was analysed with; run post_run_analysis.py on it again")
     return AnalysisSettings(batch_norm, float(threshold))
-
-
-def _read_json(path: Path, what: str) -> dict[str, Any] | None:
-    """A stored JSON object; None if there is no such file. Raises UserError, saying `what` it should be, for anything else."""
-    try:
-        if os.path.lexists(path) and not os.path.isfile(path):
-            raise ValueError("not a file")
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("not an object of keys and values")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot read the stored {what} of this run ({getattr(error, 'strerror', None) or error})") from None
-    return settings
 
 
 def read_values(path: Path, longest: int, points: str, most: float) -> np.ndarray:

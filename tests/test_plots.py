@@ -745,7 +745,7 @@ BAD_ARGUMENTS = {
     "unknown metric": (["--metric", "accuracy"], "invalid choice"),
     "suffix": (["--metric", ACCURACY, "--output", "figure.jpg"], "must end in one of .png, .svg, .pdf"),
     "no suffix": (["--metric", ACCURACY, "--output", "figure"], "must end in one of"),
-    "folder as output": (["--metric", ACCURACY, "--output", "{}/folder.svg"], "folder.svg: cannot write this file (this is a folder)"),
+    "folder as output": (["--metric", ACCURACY, "--output", "{}/folder.svg"], "folder.svg: cannot write this file (what has"),
     "output in a file": (
         ["--metric", ACCURACY, "--output", "{}/file/figure.svg"],
         "figure.svg: cannot write this file (file is not a folder)",
