@@ -45,8 +45,8 @@ smoke: setup  ## the demo in its smallest form: one run to one figure, seconds
 test: setup  ## all tests
 	$(PY) -m pytest
 
-stress: setup  ## the tests of crash safety, many times over, with a table of their counts; about ten minutes
-	STRESS=1 $(PY) -m pytest -q tests/test_crash_safety.py
+stress: setup  ## the tests of crash safety, many times over, with a table of their counts, and of torch.compile; about ten minutes
+	STRESS=1 $(PY) -m pytest -q tests/test_crash_safety.py tests/test_cuda_graphs.py
 
 lint: setup  ## Ruff's checks, and that the formatting is Ruff's
 	$(PY) -m ruff check .

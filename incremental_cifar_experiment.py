@@ -14,8 +14,10 @@ import copy
 import functools
 import os
 import platform
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from incremental_cifar.cifar100 import ImageSet, load_images
-from incremental_cifar.command_line import OneLineArgumentParser, StopRequest, run_script, stop_requests, warn
+from incremental_cifar.command_line import OneLineArgumentParser, StopRequest, parse_indices, run_script, show_error, stop_requests, warn
 from incremental_cifar.config import FREE_KEYS, Config, UserError, differing_keys, load_config, make_config
 from incremental_cifar.continual_backprop import ContinualBackprop
 from incremental_cifar.learning_curves import STEPS_PER_WINDOW, LearningCurves
@@ -38,8 +40,11 @@ from incremental_cifar.resnet import ResNet18, build_network, initialise
 from incremental_cifar.run_files import RunFiles
 from incremental_cifar.seeds import Purpose, draw_class_order, experiment_seed, generator_for
 from incremental_cifar.training import (
+    EvaluationStep,
+    TrainingStep,
     WeightNoise,
     choose_device,
+    compiled,
     device_name,
     evaluate,
     make_optimizer,
@@ -48,7 +53,6 @@ from incremental_cifar.training import (
     set_stepsize,
     stepsize_at,
     train_one_epoch,
-    train_step,
 )
 
 # What mlproj-manager adds to the settings of an experiment that it runs.
@@ -57,15 +61,21 @@ RUNNER_KEYS = {"index", "verbose", "debug", "plot_results", "runs", "relevant_pa
 # A training image costs a forward pass and a backward pass of twice its work; an evaluated image, a forward pass.
 WORK_PER_TRAINING_IMAGE = 3
 
+SECONDS_BETWEEN_REPORTS = 1.0  # at least, of the file that says how far a run is
+
 
 @contextlib.contextmanager
-def out_of_memory_is_a_user_error() -> Iterator[None]:
+def user_errors() -> Iterator[None]:
+    """Turn into a UserError what PyTorch raises where the machine, not our code, falls short."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the GPU's memory is full ({str(error).splitlines()[0]}); end what else runs there, or use another device or precision=bf16"
         ) from None
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"torch.compile failed ({reason}); use compile_network=false, or install a C++ compiler") from None
 
 
 class IncrementalCIFARExperiment(Experiment):
@@ -95,32 +105,53 @@ class IncrementalCIFARExperiment(Experiment):
         self.device = choose_device(config.device)
         self.check_stored_config()
         self.is_finished = run_index in self.files.finished_indices()
+        self.place = 0  # of this run's progress bar, among those of the runs in this process
+        self.prefix = ""  # of everything that is printed
 
-    @out_of_memory_is_a_user_error()
     def run(self) -> None:
         """Train from the start, or from the last checkpoint, to the end of the last task.
 
         If Ctrl-C, SIGTERM or SIGUSR1 asks for it, ends the process after the current epoch, with a checkpoint and status 130, 143 or 138.
         Raises UserError if the loss is no longer finite.
         """
+        with stop_requests() as stop, contextlib.ExitStack() as held:
+            if self.prepare(held):
+                self.train_to_the_end(stop)
+
+    @user_errors()
+    def prepare(self, held: contextlib.ExitStack, images_of: "IncrementalCIFARExperiment | None" = None) -> bool:
+        """Do all that comes before the first epoch; return whether there is anything left to train.
+
+        held: takes the lock that keeps other processes from this run. images_of: a run whose images this one can use too.
+        """
         nothing_to_do = f"Index {self.run_index} of {self.results_dir} is finished; nothing to do."
         if self.is_finished:
             print(nothing_to_do)
-            return
+            return False
         set_arithmetic(self.config.precision, self.config.deterministic)
-        self.load_data()
-        with self.files.locked(), stop_requests() as stop:
-            # Again, now that nobody else can change it: another process may have started or finished the run since.
-            self.check_stored_config()
-            self.is_finished = self.run_index in self.files.finished_indices()
-            if self.is_finished:
-                print(nothing_to_do)
-                return
-            self.build_learner()
-            first_epoch = self.start_or_resume()
-            with self.make_progress_bar(first_epoch) as self.progress:
-                self.train(first_epoch, stop)
-            self.store_results()
+        if images_of is None:
+            self.load_data()
+        else:
+            self.train_set, self.validation_set, self.test_set = images_of.train_set, images_of.validation_set, images_of.test_set
+        held.enter_context(self.files.locked())
+        # Again, now that nobody else can change it: another process may have started or finished the run since.
+        self.check_stored_config()
+        self.is_finished = self.run_index in self.files.finished_indices()
+        if self.is_finished:
+            print(nothing_to_do)
+            return False
+        self.build_learner()
+        self.record_steps()
+        self.first_epoch = self.start_or_resume()
+        return True
+
+    @user_errors()
+    def train_to_the_end(self, stop: StopRequest) -> None:
+        """Train a prepared run and store its results; if `stop` asks for it, leave with SystemExit after the current epoch."""
+        self.begin_progress(self.first_epoch)
+        with self.make_progress_bar(self.first_epoch) as self.progress:
+            self.train(self.first_epoch, stop)
+        self.store_results()
 
     def train(self, first_epoch: int, stop: StopRequest) -> None:
         """The tasks and their epochs, from this epoch of the run (counted from 0) on."""
@@ -140,6 +171,7 @@ class IncrementalCIFARExperiment(Experiment):
                     self.end_task(task)
                 is_last = epoch + 1 == config.num_epochs
                 is_stopping = bool(stop)  # asked once: a signal may come at any time
+                self.report_progress(epoch + 1, at_once=is_stopping or is_last)
                 if is_stopping or is_last or (epoch + 1) % config.epochs_per_checkpoint == 0:
                     self.save_checkpoint(epoch + 1)
                 if is_stopping and not is_last:
@@ -159,7 +191,7 @@ class IncrementalCIFARExperiment(Experiment):
         self.store_curves(self.config.num_epochs)
         self.files.mark_finished()
         self.is_finished = True
-        print(f"Index {self.run_index} is finished; its results are in {self.results_dir}")
+        print(f"Index {self.run_index} is finished; its results are in {self.results_dir}", flush=True)
 
     def check_stored_config(self) -> None:
         """Raise UserError if the stored run was started with settings that can give other results."""
@@ -199,23 +231,41 @@ class IncrementalCIFARExperiment(Experiment):
                 config.running_average_utility,
             )
         weight_noise = WeightNoise(self.network, self.random_seed, config.noise_std) if config.noise_std > 0 else None
-        self.train_batch = functools.partial(
-            train_step,
-            self.network,
-            self.optimizer,
-            precision=config.precision,
-            continual_backprop=self.continual_backprop,
-            weight_noise=weight_noise,
-        )
+        forward = compiled(self.network, config.deterministic) if config.compile_network else self.network
+        self.training_step = TrainingStep(self.network, self.optimizer, config.precision, self.continual_backprop, weight_noise, forward)
+        self.evaluation_step = EvaluationStep(self.network, config.precision, forward)
         self.best_network = BestNetwork()
         self.curves = LearningCurves(config.steps_before(config.num_epochs), config.num_epochs, self.device)
 
+    def record_steps(self) -> None:
+        """On a GPU, have the steps replayed from CUDA graphs; where that is impossible, warn and go on without."""
+        self.is_recorded = False if self.has_graphs else None
+        if self.has_graphs and self.config.cuda_graphs:
+            try:
+                self.training_step.record(self.config.batch_size)
+                self.evaluation_step.record()
+                self.is_recorded = True
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self.training_step.learn, self.evaluation_step.evaluate = (
+                    self.training_step.learn_from_batch,
+                    self.evaluation_step.evaluate_batch,
+                )
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                warn(f"{self.prefix}a step cannot be recorded as a CUDA graph ({reason}); going on without, more slowly")
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether this run's device can record and replay steps."""
+        return self.device.type == "cuda"
+
     def start_or_resume(self) -> int:
         """Load the newest checkpoint, or write the files a run begins with; return the number of epochs already done."""
-        self.environment = describe_environment(self.device)
+        self.environment = describe_environment(self.device) | {"cuda_graphs": self.is_recorded}
         checkpoint = self.files.load_checkpoint()
         is_new = checkpoint is None
-        if not is_new and checkpoint.get("settings") != self.settings():
+        if not is_new and self.settings_of(checkpoint) != self.settings():
             raise UserError(
                 f"{self.files.checkpoint_folder}: the newest checkpoint of index {self.run_index} is of a run with other settings"
             )
@@ -243,7 +293,7 @@ class IncrementalCIFARExperiment(Experiment):
         start = time.perf_counter()
         first_step = self.config.steps_before(epoch)
         train_one_epoch(
-            self.train_batch,
+            self.training_step,
             self.train_set,
             classes,
             self.config.batch_size,
@@ -275,7 +325,7 @@ class IncrementalCIFARExperiment(Experiment):
         accuracies = {}
         for name, image_set, generator in (("test", self.test_set, augmentation), ("validation", self.validation_set, None)):
             start = time.perf_counter()
-            loss, accuracy = evaluate(self.network, image_set, classes, self.config.precision, generator)
+            loss, accuracy = evaluate(self.evaluation_step, image_set, classes, generator)
             loss, accuracies[name] = torch.stack((loss, accuracy)).tolist()  # waits for the device
             runtime = time.perf_counter() - start
             if not np.isfinite(loss):
@@ -285,11 +335,11 @@ class IncrementalCIFARExperiment(Experiment):
                 **{f"{name}_loss_per_epoch": loss, f"{name}_accuracy_per_epoch": accuracies[name], f"{name}_evaluation_runtime": runtime},
             )
             self.progress.update(len(classes) * image_set.images_per_class)
-        self.progress.set_postfix_str(f"epoch {epoch + 1}, test accuracy {accuracies['test']:.3f}")
+        self.progress.set_postfix_str(f"epoch {epoch + 1}, test accuracy {accuracies['test']:.3f}", refresh=False)
         if self.verbose:
-            print(f"\tvalidation accuracy: {accuracies['validation']:.4f}")
-            print(f"\ttest accuracy: {accuracies['test']:.4f}")
-            print(f"\tepoch run time: {self.curves.per_epoch['epoch_runtime'][epoch]:.2f} s", flush=True)
+            self.say(f"\tvalidation accuracy: {accuracies['validation']:.4f}")
+            self.say(f"\ttest accuracy: {accuracies['test']:.4f}")
+            self.say(f"\tepoch run time: {self.curves.per_epoch['epoch_runtime'][epoch]:.2f} s")
         return accuracies["validation"]
 
     # --- The end of a task -------------------------------------------------------------------------------------------------------
@@ -344,6 +394,13 @@ class IncrementalCIFARExperiment(Experiment):
         """What decides this run's results: its index and all settings that can change them."""
         return {"index": self.run_index, **{key: value for key, value in self.config.to_dict().items() if key not in FREE_KEYS}}
 
+    @staticmethod
+    def settings_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """The same of the run that wrote a checkpoint; a setting that did not exist then had what is its default now."""
+        defaults = {key: value for key, value in Config().to_dict().items() if key not in FREE_KEYS}
+        stored = checkpoint.get("settings")
+        return defaults | stored if isinstance(stored, dict) else {}
+
     def store_curves(self, num_epochs: int) -> None:
         """Write the metrics of the first so many epochs."""
         self.results_dict = self.curves.arrays(num_epochs, self.config.steps_before(num_epochs))
@@ -353,40 +410,76 @@ class IncrementalCIFARExperiment(Experiment):
     def leave(self, stop: StopRequest, epoch: int) -> None:
         """End the process after a signal; the checkpoint is written."""
         self.progress.close()
-        print(f"{stop.name}: stopped after epoch {epoch} with a checkpoint; the same command resumes.", flush=True)
+        print(f"{self.prefix}{stop.name}: stopped after epoch {epoch} with a checkpoint; the same command resumes.", flush=True)
         raise SystemExit(stop.exit_status)
 
     # --- What the terminal shows -------------------------------------------------------------------------------------------------
 
     def make_progress_bar(self, first_epoch: int) -> tqdm:
         """A bar that counts work, so that its remaining time holds although epochs grow with the number of classes."""
-        config = self.config
-
-        def work_before(epoch: int) -> int:
-            images_per_class = WORK_PER_TRAINING_IMAGE * config.train_images_per_class
-            images_per_class += config.validation_images_per_class + config.test_images_per_class
-            return sum(config.num_classes_seen(earlier // config.epochs_per_task) for earlier in range(epoch)) * images_per_class
-
         return tqdm(
-            total=work_before(config.num_epochs),
-            initial=work_before(first_epoch),
+            total=self.work_before(self.config.num_epochs),
+            initial=self.work_before(first_epoch),
             bar_format="{desc}{percentage:5.1f}% |{bar}| {elapsed}, {remaining} left{postfix}",
             smoothing=0.05,
+            mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds; in a log, every state of the bar is a line
             disable=self.verbose,
+            position=self.place,
             dynamic_ncols=True,
+        )
+
+    def work_before(self, epoch: int) -> int:
+        """Work of the run's first so many epochs, in forward passes of an image."""
+        config = self.config
+        images_per_class = WORK_PER_TRAINING_IMAGE * config.train_images_per_class
+        images_per_class += config.validation_images_per_class + config.test_images_per_class
+        return sum(config.num_classes_seen(earlier // config.epochs_per_task) for earlier in range(epoch)) * images_per_class
+
+    def begin_progress(self, first_epoch: int) -> None:
+        """From here on, `report_progress` measures how fast the run is."""
+        self.first_epoch, self.training_start = first_epoch, time.monotonic()
+        self.report_progress(first_epoch, at_once=True)
+
+    def report_progress(self, num_epochs: int, at_once: bool = False) -> None:
+        """Write `progress/index-K.json`, at most once a second: how far, how accurate, how long still (seconds), where."""
+        now = time.monotonic()
+        if not at_once and now - self.last_report < SECONDS_BETWEEN_REPORTS:
+            return
+        self.last_report = now
+        config = self.config
+        done, before = self.work_before(num_epochs), self.work_before(self.first_epoch)
+        seconds_per_work = (now - self.training_start) / (done - before) if done > before else None
+        job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+        self.files.save_progress(
+            {
+                "epoch": num_epochs,
+                "num_epochs": config.num_epochs,
+                "task": min(num_epochs // config.epochs_per_task + 1, config.num_tasks),
+                "num_tasks": config.num_tasks,
+                "test_accuracy": float(self.curves.per_epoch["test_accuracy_per_epoch"][num_epochs - 1]) if num_epochs else None,
+                "seconds_left": None if seconds_per_work is None else seconds_per_work * (self.work_before(config.num_epochs) - done),
+                "host": socket.gethostname(),
+                "process": os.getpid(),
+                "slurm_job": "_".join(job) if all(job) else os.environ.get("SLURM_JOB_ID"),
+                "time": time.time(),
+            }
         )
 
     def describe_epoch(self, task: int, epoch: int, stepsize: float) -> None:
         num_classes = self.config.num_classes_seen(task)
-        self.progress.set_description(f"index {self.run_index}, task {task + 1}/{self.config.num_tasks} ({num_classes} classes)")
+        description = f"index {self.run_index}, task {task + 1}/{self.config.num_tasks} ({num_classes} classes)"
+        self.progress.set_description(description, refresh=False)
         if self.verbose:
-            print(f"Epoch {epoch + 1}/{self.config.num_epochs}: task {task + 1}, {num_classes} classes, step size {stepsize:g}")
+            self.say(f"Epoch {epoch + 1}/{self.config.num_epochs}: task {task + 1}, {num_classes} classes, step size {stepsize:g}")
 
     def report_step(self, first_step: int, num_steps: int, num_images: int) -> None:
         self.progress.update(WORK_PER_TRAINING_IMAGE * num_images)
         done = first_step + num_steps
         if self.verbose and done % STEPS_PER_WINDOW == 0:
-            print(f"\tstep {num_steps}: training accuracy {self.curves.window_accuracy(done - 1):.4f}", flush=True)
+            self.say(f"\tstep {num_steps}: training accuracy {self.curves.window_accuracy(done - 1):.4f}")
+
+    def say(self, text: str) -> None:
+        print(self.prefix + text, flush=True)
 
 
 class BestNetwork:
@@ -415,7 +508,7 @@ class BestNetwork:
 
 
 # Of an environment's description, what decides whether a resumed run can equal an uninterrupted one to the bit.
-EXACTNESS_KEYS = ("torch", "cuda", "cudnn", "device", "threads")
+EXACTNESS_KEYS = ("torch", "cuda", "cudnn", "device", "threads", "cuda_graphs")
 
 
 def describe_environment(device: torch.device) -> dict[str, str | int | None]:
@@ -437,27 +530,81 @@ def describe_environment(device: torch.device) -> dict[str, str | int | None]:
     }
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> tuple[Config, int, bool]:
-    """The config, the index and whether to be verbose. Raises UserError."""
-    parser = OneLineArgumentParser(description="Run, or resume, one run of incremental CIFAR-100.")
+def run_side_by_side(experiments: Sequence[IncrementalCIFARExperiment]) -> int:
+    """Train several runs of one config in this process, each with the results it has alone; return the exit status.
+
+    Every run has a thread, and on a GPU a stream of its own, so that its kernels fill what the others leave free. A run that fails is
+    reported in a line and the others go on. The status is 0 if all runs are finished, 2 if one failed, else that of the signal.
+    """
+    statuses = [0]
+
+    def report(experiment: IncrementalCIFARExperiment, error: Exception) -> None:
+        show_error(error, where=f"index {experiment.run_index}: ")
+        statuses.append(2)
+
+    def train(experiment: IncrementalCIFARExperiment) -> None:
+        # Both of these are a thread's own.
+        torch.set_num_threads(num_threads)
+        stream = torch.cuda.stream(torch.cuda.Stream(experiment.device)) if experiment.device.type == "cuda" else contextlib.nullcontext()
+        try:
+            with stream:
+                experiment.train_to_the_end(stop)
+        except (UserError, OSError) as error:
+            report(experiment, error)
+        except SystemExit as leaving:
+            statuses.append(leaving.code)
+        except BaseException as error:  # our bug: it goes on in the main thread
+            bugs.append(error)
+
+    num_threads = torch.get_num_threads()
+    bugs: list[BaseException] = []
+    with stop_requests() as stop, contextlib.ExitStack() as held:
+        ready: list[IncrementalCIFARExperiment] = []
+        for experiment in experiments:
+            experiment.place, experiment.prefix = len(ready), f"index {experiment.run_index}: "
+            try:
+                # One after the other, before any trains: nothing else may happen on a GPU while a CUDA graph is recorded.
+                if experiment.prepare(held, images_of=ready[0] if ready else None):
+                    ready.append(experiment)
+            except (UserError, OSError) as error:
+                report(experiment, error)
+        if ready and ready[0].device.type == "cuda":
+            torch.cuda.synchronize(ready[0].device)  # the threads' streams do not wait for this one
+        threads = [threading.Thread(target=train, args=(experiment,)) for experiment in ready]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if bugs:
+        raise bugs[0]
+    return 2 if 2 in statuses else max(statuses)
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> tuple[Config, list[int], bool]:
+    """The config, the indices and whether to be verbose. Raises UserError."""
+    parser = OneLineArgumentParser(description="Run, or resume, one run of incremental CIFAR-100, or several side by side.")
     parser.add_argument("--config", required=True, metavar="PATH", help="JSON file of settings; cfg/ has one per algorithm")
     parser.add_argument(
-        "--experiment-index", type=int, default=0, metavar="N", help="0, 1, ...: decides seed, class order and initial weights (default 0)"
+        "--experiment-index",
+        default="0",
+        metavar="N",
+        help="0, 1, ...: decides seed, class order and initial weights (default 0); 0-3 or 0,2: several runs in one process",
     )
     parser.add_argument("--verbose", action="store_true", help="print accuracies and times instead of a progress bar")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help="settings that override the config's"
     )
     parsed = parser.parse_args(arguments)
-    return load_config(parsed.config, parsed.overrides), parsed.experiment_index, parsed.verbose
+    return load_config(parsed.config, parsed.overrides), parse_indices(parsed.experiment_index), parsed.verbose
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    config, index, verbose = parse_arguments(arguments)
+    config, indices, verbose = parse_arguments(arguments)
     folder = os.path.join(config.results_dir, config.experiment_name)
-    experiment = IncrementalCIFARExperiment(config.to_dict(), folder, index, verbose)
-    experiment.run()
-    experiment.store_results()
+    experiments = [IncrementalCIFARExperiment(config.to_dict(), folder, index, verbose) for index in indices]
+    if len(experiments) > 1:
+        return run_side_by_side(experiments)
+    experiments[0].run()
     return 0
 
 

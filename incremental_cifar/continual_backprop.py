@@ -98,11 +98,16 @@ class ContinualBackprop:
 
     @torch.no_grad()
     def step(self, features: list[Tensor]) -> None:
-        """One step of the algorithm: statistics of all units, the choice in all layers, then the resets, layer by layer.
+        """One step of the algorithm: statistics of all units, then the resets.
 
         features: the 17 hidden layers' outputs as `ResNet18` returns them.
         """
         self.update_magnitudes(features)
+        self.reset_due_units()
+
+    @torch.no_grad()
+    def reset_due_units(self) -> None:
+        """Begin the next step: choose in all layers the units that it resets, then reset them, layer by layer."""
         chosen = self.choose_units()
         if chosen:
             generator = generator_for(self.random_seed, Purpose.UNIT_RESET, self.step_count)

@@ -1,7 +1,8 @@
 """One step, one epoch, evaluation: what a run spends its time on.
 
 Nothing in a step waits for the device: losses and accuracies stay there until the end of the epoch, and every step of a run has the same
-shapes (a last, smaller batch excepted). Letters in the shapes: n images, k classes seen so far.
+shapes (a last, smaller batch excepted), so that on a GPU it can be recorded once and replayed (`cuda_graphs.py`). Letters in the shapes:
+n images, k classes seen so far.
 Source: paper, Methods, "Class-incremental CIFAR-100"; released incremental_cifar_experiment.py, train and evaluate_network.
 """
 
@@ -16,13 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from incremental_cifar.augmentation import augmented, draw_transformations
-from incremental_cifar.cifar100 import ImageSet
+from incremental_cifar.cifar100 import IMAGE_SIZE, ImageSet
 from incremental_cifar.config import DEVICE_NAMES, NUM_CLASSES, UserError, is_device_name
 from incremental_cifar.continual_backprop import ContinualBackprop
+from incremental_cifar.cuda_graphs import Recorded
 from incremental_cifar.resnet import ResNet18
 from incremental_cifar.seeds import Purpose, derive_seed, generator_for
 
-EVALUATION_BATCH_SIZE = {"cpu": 100, "cuda": 1000}  # images per forward pass without gradients: what fits a cache, what fills a GPU
+# Images per forward pass without gradients: what fits a CPU's cache, and what fills a GPU and divides the paper's numbers of images.
+EVALUATION_BATCH_SIZE = {"cpu": 100, "cuda": 250}
+# Steps whose images are transformed together: on a GPU, so that these many small operations fill it. The images are the same.
+STEPS_PER_CHUNK = {"cpu": 1, "cuda": 25}
+
+Forward = Callable[[Tensor], tuple[Tensor, list[Tensor]]]  # images to logits and features, as `ResNet18` does it
+Learn = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # images, labels and mask to two scalars
 
 # (share of a task's epochs in tenths, factor of the step size from there on)
 STEPSIZE_SCHEDULE = ((3, 0.2), (6, 0.2), (8, 0.2))
@@ -82,6 +90,17 @@ def set_arithmetic(precision: str, deterministic: bool) -> None:
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
     """The context in which the network runs: with "bf16", its convolutions and products in bfloat16 on float32 weights."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def compiled(network: ResNet18, deterministic: bool) -> Forward:
+    """The network's forward and backward pass with its elementwise operations fused; on the same parameters, with other last bits.
+
+    Compiles at the first call, for about a minute, and again for another mode or another batch size.
+    """
+    import torch._inductor.config
+
+    torch._inductor.config.deterministic = deterministic  # no choice of kernels by timing them
+    return torch.compile(network, dynamic=False)
 
 
 # --- Optimisation ----------------------------------------------------------------------------------------------------------------
@@ -158,34 +177,69 @@ def unseen_mask(classes: Sequence[int] | np.ndarray, device: torch.device) -> Te
     return mask.to(device)
 
 
-def train_step(
-    network: ResNet18,
-    optimizer: torch.optim.SGD,
-    images: Tensor,
-    labels: Tensor,
-    mask: Tensor,
-    step: int,
-    precision: str = "fp32",
-    continual_backprop: ContinualBackprop | None = None,
-    weight_noise: WeightNoise | None = None,
-) -> tuple[Tensor, Tensor]:
+class TrainingStep:
     """One step on one batch: forward, loss, backward, SGD, the reset of units, the noise. Changes the network in place.
 
-    images: (n, 3, 32, 32). labels: (n,). mask: (100,), see `unseen_mask`. step: counted from 0 over the whole run.
-    Returns the mean loss and the share of correct predictions on this batch, both before the update: scalars on the device.
+    network, optimizer: see `ResNet18` and `make_optimizer`. precision: "fp32", "tf32" or "bf16". continual_backprop, weight_noise: parts
+    of the step for the algorithms that have them. forward: the network itself, or what `torch.compile` made of it.
     """
-    with autocast(precision, images.device):
-        logits, features = network(images)  # (n, 100), and what the hidden layers put out
-    logits = logits.float() + mask
-    loss = F.cross_entropy(logits, labels)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    if continual_backprop is not None:
-        continual_backprop.step([feature.detach() for feature in features])
-    if weight_noise is not None:
-        weight_noise.add(step)
-    return loss.detach(), (logits.detach().argmax(1) == labels).float().mean()
+
+    def __init__(
+        self,
+        network: ResNet18,
+        optimizer: torch.optim.SGD,
+        precision: str = "fp32",
+        continual_backprop: ContinualBackprop | None = None,
+        weight_noise: WeightNoise | None = None,
+        forward: Forward | None = None,
+    ):
+        self.network = network
+        self.optimizer = optimizer
+        self.precision = precision
+        self.continual_backprop = continual_backprop
+        self.weight_noise = weight_noise
+        self.forward = network if forward is None else forward
+        self.learn: Learn = self.learn_from_batch
+
+    def __call__(self, images: Tensor, labels: Tensor, mask: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """images: (n, 3, 32, 32). labels: (n,). mask: (100,), see `unseen_mask`. step: counted from 0 over the whole run.
+
+        Returns the mean loss and the share of correct predictions on this batch, both before the update: scalars on the device, which
+        the next step may overwrite.
+        """
+        loss, accuracy = self.learn(images, labels, mask)
+        # What depends on the number of the step is decided by the host, without asking the device, and is not recorded.
+        if self.continual_backprop is not None:
+            self.continual_backprop.reset_due_units()
+        if self.weight_noise is not None:
+            self.weight_noise.add(step)
+        return loss, accuracy
+
+    def learn_from_batch(self, images: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of a step that is the same in every step, on the device alone: all of it can be recorded."""
+        with autocast(self.precision, images.device):
+            logits, features = self.forward(images)  # (n, 100), and what the hidden layers put out
+        logits = logits.float() + mask
+        loss = F.cross_entropy(logits, labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        if self.continual_backprop is not None:
+            self.continual_backprop.update_magnitudes([feature.detach() for feature in features])
+        return loss.detach(), (logits.detach().argmax(1) == labels).float().mean()
+
+    def record(self, batch_size: int) -> None:
+        """From here on, replay the steps with this batch size from a CUDA graph. Raises RuntimeError if that is impossible."""
+        changed = [*self.network.parameters(), *self.network.buffers(), *momentum_buffers(self.optimizer)]
+        if self.continual_backprop is not None:
+            changed.append(self.continual_backprop.magnitudes)
+        self.learn = Recorded(self.learn_from_batch, example_batch(batch_size, changed[0].device), changed)
+
+
+def example_batch(n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, labels and mask of a batch, all zeros: what is recorded has their shapes, dtypes and memory formats."""
+    images = torch.zeros(n, 3, IMAGE_SIZE, IMAGE_SIZE, device=device).to(memory_format=torch.channels_last)
+    return images, torch.zeros(n, dtype=torch.int64, device=device), torch.zeros(NUM_CLASSES, device=device)
 
 
 def train_one_epoch(
@@ -202,7 +256,7 @@ def train_one_epoch(
 ) -> None:
     """Train on all images of the classes seen so far once, in a random order, each randomly transformed.
 
-    train_batch: `train_step` without the arguments that stay the same: (images, labels, mask, step) to (loss, accuracy).
+    train_batch: a `TrainingStep`: (images, labels, mask, step) to (loss, accuracy).
     epoch: counted from 0 over the whole run; the order and the transformations depend on it and the seed alone.
     losses, accuracies: (at least first_step + steps of the epoch,) on the device; this epoch's entries are filled in.
     after_step: called after every step with the number of steps done and the number of images of the last one.
@@ -213,35 +267,67 @@ def train_one_epoch(
     indices = indices[torch.randperm(len(indices), generator=generator)].to(device)
     transformations = draw_transformations(len(indices), generator).to(device)
     mask = unseen_mask(classes, device)
-    for num_steps, start in enumerate(range(0, len(indices), batch_size)):
-        stop = min(start + batch_size, len(indices))
+    images_per_chunk = batch_size * STEPS_PER_CHUNK[device.type]
+    num_steps = 0
+    for start in range(0, len(indices), images_per_chunk):
+        stop = min(start + images_per_chunk, len(indices))
         images, labels = augmented(train_set, indices[start:stop], transformations.slice(start, stop))
-        step = first_step + num_steps
-        losses[step], accuracies[step] = train_batch(images, labels, mask, step)
-        after_step(num_steps + 1, stop - start)
+        for batch_images, batch_labels in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            step = first_step + num_steps
+            losses[step], accuracies[step] = train_batch(batch_images, batch_labels, mask, step)
+            num_steps += 1
+            after_step(num_steps, len(batch_labels))
 
 
-@torch.no_grad()
+class EvaluationStep:
+    """Loss and correct predictions of one batch, with the running statistics of batch norm. Leaves the network as it is."""
+
+    def __init__(self, network: ResNet18, precision: str = "fp32", forward: Forward | None = None):
+        self.network = network
+        self.precision = precision
+        self.forward = network if forward is None else forward
+        self.evaluate: Learn = self.evaluate_batch
+
+    def __call__(self, images: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """images: (n, 3, 32, 32). labels: (n,). mask: (100,), see `unseen_mask`.
+
+        Returns the sum of the losses and the number of correct predictions: scalars on the device, which the next call may overwrite.
+        """
+        return self.evaluate(images, labels, mask)
+
+    @torch.no_grad()
+    def evaluate_batch(self, images: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        self.network.eval()
+        with autocast(self.precision, images.device):
+            logits, _ = self.forward(images)
+        self.network.train()
+        logits = logits.float() + mask
+        return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()
+
+    def record(self) -> None:
+        """From here on, replay full batches from a CUDA graph. Raises RuntimeError if that is impossible."""
+        device = self.network.fc.weight.device
+        self.evaluate = Recorded(self.evaluate_batch, example_batch(EVALUATION_BATCH_SIZE[device.type], device), changed=[])
+
+
 def evaluate(
-    network: ResNet18,
+    evaluation_step: EvaluationStep,
     image_set: ImageSet,
     classes: Sequence[int] | np.ndarray,
-    precision: str = "fp32",
     augmentation_generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean loss and accuracy over all images of these classes, with the running statistics of batch norm.
+    """Mean loss and accuracy over all images of these classes.
 
     Only the outputs of these classes count. augmentation_generator: if given, the images are transformed at random with its draws.
     Returns two float32 scalars on the device.
     """
-    device = network.fc.weight.device
+    device = image_set.device
     indices = image_set.indices_of(classes).to(device)
     mask = unseen_mask(classes, device)
     if augmentation_generator is not None:
         transformations = draw_transformations(len(indices), augmentation_generator).to(device)
     total_loss = torch.zeros((), device=device)
     num_correct = torch.zeros((), device=device)
-    network.eval()
     batch_size = EVALUATION_BATCH_SIZE[device.type]
     for start in range(0, len(indices), batch_size):
         stop = min(start + batch_size, len(indices))
@@ -249,10 +335,7 @@ def evaluate(
             images, labels = image_set.get(indices[start:stop])
         else:
             images, labels = augmented(image_set, indices[start:stop], transformations.slice(start, stop))
-        with autocast(precision, device):
-            logits, _ = network(images)
-        logits = logits.float() + mask
-        total_loss += F.cross_entropy(logits, labels, reduction="sum")
-        num_correct += (logits.argmax(1) == labels).sum()
-    network.train()
+        batch_loss, batch_correct = evaluation_step(images, labels, mask)
+        total_loss += batch_loss
+        num_correct += batch_correct
     return total_loss / len(indices), num_correct / len(indices)

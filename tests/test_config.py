@@ -5,7 +5,7 @@ from conftest import ALGORITHMS, REPOSITORY
 
 import incremental_cifar_experiment
 from incremental_cifar.command_line import run_script
-from incremental_cifar.config import FIELDS, RULES, Config, UserError, differing_keys, load_config, make_config
+from incremental_cifar.config import FIELDS, RULES, Config, UserError, differing_keys, load_config, make_config, read_sizes
 
 PAPER = {"stepsize": 0.1, "weight_decay": 0.0005, "momentum": 0.9, "early_stopping": True}
 EXPECTED = {
@@ -59,6 +59,15 @@ def test_a_config_in_the_released_form_loads_unchanged(tmp_path):
     assert config.num_workers == 12 and config.use_cbp and config.experiment_name == "continual_backpropagation"
     path.write_text("{}", encoding="utf-8-sig")
     assert load_config(path).experiment_name == "mine"
+
+
+def test_sizes_are_read_from_any_stored_config(tmp_path):
+    path = tmp_path / "config_files" / "index-0.json"
+    assert read_sizes(path) == (make_config({}, "the paper"), set())
+    path.parent.mkdir()
+    path.write_text(json.dumps({"num_tasks": 3, "network_width": 64, "stepsize": "unused", "current_epoch": 200}))
+    sizes, keys = read_sizes(path)
+    assert (sizes.num_tasks, sizes.epochs_per_task, sizes.stepsize, keys) == (3, 200, 0.1, {"num_tasks", "network_width"})
 
 
 def test_overrides_are_typed_and_win(tmp_path):
@@ -146,7 +155,7 @@ BAD_COMMAND_LINES = {
     "no config": ([], "--config"),
     "no such config": (["--config", "nowhere.json"], "nowhere.json: cannot read this config file"),
     "a folder": (["--config", "."], "cannot read this config file"),
-    "index with letters": (["--config", "c.json", "--experiment-index", "one"], "invalid int value: 'one'"),
+    "index with letters": (["--config", "c.json", "--experiment-index", "one"], '--experiment-index: got "one"; it must be'),
     "negative index": (["--config", "c.json", "--experiment-index", "-1"], "an integer from 0 to 99999"),
     "index too large": (["--config", "c.json", "--experiment-index", "100000"], "an integer from 0 to 99999"),
     "unknown argument": (["--config", "c.json", "--fast"], "--fast"),

@@ -122,6 +122,65 @@ def test_indices_share_an_experiment(uninterrupted, tmp_path, script):
     assert not np.array_equal(*losses)
 
 
+def alone(algorithm, index, folder, script):
+    run = script([*tiny_arguments(algorithm, folder), "--experiment-index", str(index)])
+    assert run.wait() == 0, run.output()
+
+
+@pytest.mark.parametrize("algorithm", ["continual_backpropagation", "shrink_and_perturb"])
+def test_runs_side_by_side_in_one_process_are_those_alone(algorithm, tmp_path, script):
+    """Three indices in one process, stopped by a signal on the way and resumed together, against each index in a process of its own."""
+    for index in range(3):
+        alone(algorithm, index, tmp_path / "alone", script)
+    arguments = [*tiny_arguments(algorithm, tmp_path / "together"), "--experiment-index", "0-2"]
+    run = script([*arguments, "--verbose"])
+    run.wait_for_output("index 1: Epoch 4/")
+    run.send(signal.SIGTERM)
+    assert run.wait() == 143, run.output()
+    assert run.output().count("SIGTERM: stopped after epoch") == 3
+    folder = tmp_path / "together" / algorithm
+    assert not (folder / "experiment_indices.npy").exists()
+    run = script(arguments)
+    assert run.wait() == 0, run.output()
+    assert stored_results(folder) == stored_results(tmp_path / "alone" / algorithm)
+    assert np.load(folder / "experiment_indices.npy").tolist() == [0, 1, 2]
+    run = script(arguments)
+    assert run.wait() == 0 and run.output().count("is finished; nothing to do") == 3
+
+
+def test_a_run_that_fails_does_not_take_those_beside_it_along(tmp_path, script):
+    """Of four runs side by side, one diverges, one is already at work elsewhere, and one is finished; the fourth finishes as alone."""
+    algorithm = "base_deep_learning_system"
+    folder = tmp_path / algorithm
+    alone(algorithm, 3, tmp_path, script)
+    with RunFiles(folder, 1).locked():
+        run = script([*tiny_arguments(algorithm, tmp_path), "--experiment-index", "0-3"], prepare=make_index_2_diverge)
+        assert run.wait() == 2, run.output()
+    errors = [line for line in run.output().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2 and "Traceback" not in run.output()
+    assert any(line.startswith("error: index 1: ") and "another process is working on index 1" in line for line in errors), errors
+    assert any(line.startswith("error: index 2: the loss is no longer finite in epoch 1 ") for line in errors), errors
+    assert np.load(folder / "experiment_indices.npy").tolist() == [0, 3]
+    alone(algorithm, 0, tmp_path / "alone", script)
+    theirs = stored_results(tmp_path / "alone" / algorithm)
+    theirs.pop("experiment_indices.npy")
+    ours = stored_results(folder)
+    assert {name: ours[name] for name in theirs} == theirs
+
+
+def make_index_2_diverge():
+    import incremental_cifar_experiment as script_module
+
+    build_learner = script_module.IncrementalCIFARExperiment.build_learner
+
+    def build(self):
+        build_learner(self)
+        if self.run_index == 2:
+            torch.nn.init.constant_(self.network.fc.weight, torch.inf)
+
+    script_module.IncrementalCIFARExperiment.build_learner = build
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(tmp_path, script):
     arguments = tiny_arguments("base_deep_learning_system", tmp_path, stepsize=1e30, checkpoint_save_frequency=1)
     run = script(arguments)
@@ -140,13 +199,13 @@ def test_each_epoch_gets_the_right_images_classes_and_step_size(tmp_path, monkey
     train, evaluate = script_module.train_one_epoch, script_module.evaluate
 
     def record_training(train_batch, image_set, classes, *arguments, **keywords):
-        trained.append((image_set, classes.tolist(), arguments[2], keywords.get("first_step", arguments[-1]), train_batch.args[1]))
+        trained.append((image_set, classes.tolist(), arguments[2], keywords.get("first_step", arguments[-1]), train_batch.optimizer))
         trained[-1] += (trained[-1][4].param_groups[0]["lr"].item(),)
         return train(train_batch, image_set, classes, *arguments, **keywords)
 
-    def record_evaluation(network, image_set, classes, precision, generator):
+    def record_evaluation(evaluation_step, image_set, classes, generator):
         evaluated.append((image_set, classes.tolist(), generator is not None))
-        return evaluate(network, image_set, classes, precision, generator)
+        return evaluate(evaluation_step, image_set, classes, generator)
 
     monkeypatch.setattr(script_module, "train_one_epoch", record_training)
     monkeypatch.setattr(script_module, "evaluate", record_evaluation)
@@ -226,9 +285,9 @@ def test_files_deleted_before_a_run_is_resumed(deleted, changes, message, tmp_pa
 
     algorithm = "base_deep_learning_system"
     arguments = tiny_arguments(algorithm, tmp_path, checkpoint_save_frequency=6)
-    config, index, _ = script_module.parse_arguments(arguments)
+    config, indices, _ = script_module.parse_arguments(arguments)
     with pytest.raises(KeyboardInterrupt):
-        Stopped(config.to_dict(), str(tmp_path / algorithm), index, verbose=False).run()
+        Stopped(config.to_dict(), str(tmp_path / algorithm), indices[0], verbose=False).run()
     shutil.rmtree(tmp_path / algorithm / deleted)
     before = everything_in(tmp_path)
     status = run_script(script_module.main, tiny_arguments(algorithm, tmp_path, checkpoint_save_frequency=6, **changes))

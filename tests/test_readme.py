@@ -41,7 +41,7 @@ def test_commands_of_the_experiment_are_valid():
     assert commands != []
     for command in commands:
         words = shlex.split(command)
-        config, index, _ = incremental_cifar_experiment.parse_arguments(words[2:])
-        assert index == 0 and config.num_tasks == 20
+        config, indices, _ = incremental_cifar_experiment.parse_arguments(words[2:])
+        assert indices == [0] and config.num_tasks == 20
     for overrides in re.findall(r"`--set ((?:[a-z_]+=[^\s`]+ ?)+)", (REPOSITORY / "README.md").read_text()):
         assert {word.partition("=")[0] for word in overrides.split()} <= set(FIELDS)

@@ -1,5 +1,4 @@
 import copy
-import functools
 
 import numpy as np
 import pytest
@@ -14,6 +13,9 @@ from incremental_cifar.resnet import build_network
 from incremental_cifar.seeds import Purpose, generator_for
 from incremental_cifar.training import (
     EVALUATION_BATCH_SIZE,
+    STEPS_PER_CHUNK,
+    EvaluationStep,
+    TrainingStep,
     WeightNoise,
     choose_device,
     evaluate,
@@ -22,7 +24,6 @@ from incremental_cifar.training import (
     set_stepsize,
     stepsize_at,
     train_one_epoch,
-    train_step,
     unseen_mask,
 )
 
@@ -80,12 +81,13 @@ def test_a_step_is_that_of_plain_sgd(network, batch):
     plain = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, weight_decay=0.0005)
     optimizer = make_optimizer(network, stepsize=0.5, momentum=0.9, weight_decay=0.0005)
     set_stepsize(optimizer, 0.1)
+    training_step = TrainingStep(network, optimizer)
     for step in range(3):
         expected_loss, expected_accuracy = plain_loss(twin, images, labels, classes)
         plain.zero_grad()
         expected_loss.backward()
         plain.step()
-        loss, accuracy = train_step(network, optimizer, images, labels, unseen_mask(classes, CPU), step)
+        loss, accuracy = training_step(images, labels, unseen_mask(classes, CPU), step)
         torch.testing.assert_close(loss, expected_loss.detach(), rtol=1e-4, atol=1e-5)
         assert accuracy == expected_accuracy
     for ours, theirs in zip(network.parameters(), twin.parameters(), strict=True):
@@ -103,8 +105,9 @@ def test_order_of_a_step_is_sgd_then_reset_then_noise(network, batch):
     for net in (network, twin):
         optimizer = make_optimizer(net, 0.1, 0.9, 0.0005)
         parts.append((optimizer, ContinualBackprop(net, 3, 0.5, maturity_threshold=1), WeightNoise(net, 3, 0.01)))
+    training_step = TrainingStep(network, parts[0][0], continual_backprop=parts[0][1], weight_noise=parts[0][2])
     for step in range(3):
-        train_step(network, parts[0][0], images, labels, mask, step, continual_backprop=parts[0][1], weight_noise=parts[0][2])
+        training_step(images, labels, mask, step)
 
         optimizer, continual_backprop, weight_noise = parts[1]
         logits, features = twin(images)
@@ -152,7 +155,7 @@ def test_step_sizes_of_the_paper_and_of_short_tasks():
     assert stepsize_at(0, 1, 0.1) == 0.1
 
 
-def test_an_epoch_trains_on_every_image_once_in_its_own_order(image_set):
+def test_an_epoch_trains_on_every_image_once_in_its_own_order(image_set, monkeypatch):
     seen, transformed = [], []
 
     def record(images, labels, mask, step):
@@ -177,6 +180,14 @@ def test_an_epoch_trains_on_every_image_once_in_its_own_order(image_set):
     indices = indices[torch.randperm(35, generator=generator)]
     expected, expected_labels = augmented(image_set, indices, draw_transformations(35, generator))
     assert torch.equal(labels, expected_labels) and torch.equal(torch.cat(transformed), expected)
+    # How many steps' images are transformed at a time changes nothing.
+    chunk = [list(seen), torch.cat(transformed)]
+    seen.clear()
+    transformed.clear()
+    monkeypatch.setitem(STEPS_PER_CHUNK, "cpu", 3)
+    train_one_epoch(*arguments, 2, losses, accuracies, first_step=10)
+    assert torch.equal(torch.cat(transformed), chunk[1])
+    assert all(torch.equal(now[1], then[1]) and now[0] == then[0] for now, then in zip(seen, chunk[0], strict=True))
     first = labels
     seen.clear()
     train_one_epoch(*arguments, 3, losses, accuracies, first_step=0)
@@ -187,21 +198,24 @@ def test_evaluation_is_the_mean_over_images_of_the_network_in_eval_mode(network,
     monkeypatch.setitem(EVALUATION_BATCH_SIZE, "cpu", 16)
     classes = CLASS_ORDER[:10]
     before = copy.deepcopy(network.state_dict())
-    loss, accuracy = evaluate(network, image_set, classes)
+    evaluation_step = EvaluationStep(network)
+    loss, accuracy = evaluate(evaluation_step, image_set, classes)
     network.eval()
     images, labels = image_set.get(image_set.indices_of(classes))
     expected_loss, expected_accuracy = plain_loss(network, images, labels.tolist(), classes)
     torch.testing.assert_close(loss, expected_loss.detach())
     assert accuracy.item() == pytest.approx(expected_accuracy.item())
-    evaluate(network, image_set, classes)
+    network.train()
+    evaluate(evaluation_step, image_set, classes)
     assert network.training  # as before
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
 def test_test_images_are_transformed_only_if_asked_for(network, image_set):
     classes = CLASS_ORDER[:10]
-    plain = evaluate(network, image_set, classes)[0]
-    transformed = [evaluate(network, image_set, classes, augmentation_generator=generator_for(1, Purpose.TEST_IMAGES, 0))[0] for _ in "12"]
+    step = EvaluationStep(network)
+    plain = evaluate(step, image_set, classes)[0]
+    transformed = [evaluate(step, image_set, classes, augmentation_generator=generator_for(1, Purpose.TEST_IMAGES, 0))[0] for _ in "12"]
     assert transformed[0] == transformed[1] != plain
     network.eval()
     indices = image_set.indices_of(classes)
@@ -216,7 +230,7 @@ def test_bf16_steps_stay_near_fp32(batch):
     losses = {}
     for precision in ("fp32", "bf16", "tf32"):
         network = build_network(11, width=8).to(memory_format=torch.channels_last)
-        step = functools.partial(train_step, network, make_optimizer(network, 0.01, 0.9, 0.0005), precision=precision)
+        step = TrainingStep(network, make_optimizer(network, 0.01, 0.9, 0.0005), precision)
         losses[precision] = torch.stack([step(images, labels, mask, number)[0] for number in range(4)])
         assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
     assert torch.equal(losses["tf32"], losses["fp32"])  # on a CPU
@@ -242,26 +256,3 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     with pytest.raises(UserError, match=r"Some GPU has compute capability 6\.1, and PyTorch .* needs 7\.5"):
         choose_device("cuda")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("use_cbp", [False, True])
-def test_steps_on_a_gpu_agree_with_the_cpu_and_wait_for_nothing(batch, use_cbp):
-    images, labels = batch
-    networks = {}
-    for device in (CPU, torch.device("cuda")):
-        network = build_network(11, width=8).to(device, memory_format=torch.channels_last)
-        continual_backprop = ContinualBackprop(network, 3, 0.05, maturity_threshold=2) if use_cbp else None
-        optimizer = make_optimizer(network, 0.01, 0.9, 0.0005)
-        mask = unseen_mask(CLASS_ORDER[:10], device)
-        data = images.to(device), labels.to(device)
-        train_step(network, optimizer, *data, mask, 0, continual_backprop=continual_backprop)
-        torch.cuda.set_sync_debug_mode("error" if device.type == "cuda" else "default")
-        try:
-            for step in range(1, 6):
-                train_step(network, optimizer, *data, mask, step, continual_backprop=continual_backprop)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        networks[device.type] = network
-    for ours, theirs in zip(networks["cuda"].parameters(), networks["cpu"].parameters(), strict=True):
-        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-2, atol=1e-3)
