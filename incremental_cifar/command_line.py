@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
@@ -88,19 +89,29 @@ class StopRequest:
         return 128 + self.signal_number
 
 
+SECONDS_OF_ONE_SIGNAL = 2.0  # Slurm sends SIGTERM twice, milliseconds apart, when it pre-empts a job
+
+
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Inside this context, the first SIGINT, SIGTERM or SIGUSR1 (Slurm's warning) is noted; the second ends the process."""
+    """Inside this context, the first SIGINT, SIGTERM or SIGUSR1 (Slurm's warning) is noted; the second ends the process.
+
+    SIGTERM and SIGUSR1 within two seconds of the first signal are taken for the same request; a second Ctrl-C never is.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request  # only the main thread may handle signals
         return
     handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    noted_at = 0.0
 
     def note(signal_number: int, frame: object) -> None:
-        request.signal_number = signal_number
-        for number in handled:
-            signal.signal(number, signal.SIG_DFL)
+        nonlocal noted_at
+        if not request:
+            request.signal_number, noted_at = signal_number, time.monotonic()
+        elif signal_number == signal.SIGINT or time.monotonic() - noted_at > SECONDS_OF_ONE_SIGNAL:
+            signal.signal(signal_number, signal.SIG_DFL)
+            os.kill(os.getpid(), signal_number)
 
     previous = {number: signal.signal(number, note) for number in handled}
     try:

@@ -24,7 +24,7 @@ from conftest import ALGORITHMS, STRESS, processes, stored_results, stress_count
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from incremental_cifar import safe_files
+from incremental_cifar import command_line, safe_files
 from incremental_cifar.config import FIELDS, Config, UserError, load_config, make_config
 from incremental_cifar.run_files import RunFiles, state_digest
 
@@ -301,13 +301,34 @@ def test_a_second_signal_ends_a_run_at_once_and_leaves_it_usable(uninterrupted, 
     run = script(arguments)
     run.wait_for_output("Epoch 5/")
     started = time.monotonic()
-    run.send(signal.SIGTERM)
+    run.send(signal.SIGINT)
     time.sleep(0.01)
-    run.send(signal.SIGTERM)
-    assert run.wait() in (-signal.SIGTERM, 143)  # 143: the epoch ended between the two
+    run.send(signal.SIGINT)
+    assert run.wait() in (-signal.SIGINT, 130)  # 130: the epoch ended between the two
     assert time.monotonic() - started < 5
     assert script(arguments).wait() == 0
     assert stored_results(tmp_path / "shrink_and_perturb") == stored_results(uninterrupted("shrink_and_perturb"))
+
+
+def test_a_signal_that_is_sent_twice_at_once_is_one_request(monkeypatch):
+    """As Slurm does when it pre-empts a job; two seconds later it is a second one."""
+    ended = []
+    monkeypatch.setattr(command_line.os, "kill", lambda process, number: ended.append(number))
+    clock = [100.0]
+    monkeypatch.setattr(command_line.time, "monotonic", lambda: clock[0])
+    with command_line.stop_requests() as stop:
+        assert not stop
+        for seconds in (0, 0.001, 1.9):
+            clock[0] = 100.0 + seconds
+            signal.raise_signal(signal.SIGTERM)
+        assert stop and stop.exit_status == 143 and ended == []
+        clock[0] = 103.0
+        signal.raise_signal(signal.SIGUSR1)
+        assert ended == [signal.SIGUSR1] and stop.name == "SIGTERM"
+    with command_line.stop_requests() as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.exit_status == 130 and ended == [signal.SIGUSR1, signal.SIGINT]
 
 
 # --- hostile settings ------------------------------------------------------------------------------------------------------------

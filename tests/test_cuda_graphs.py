@@ -6,29 +6,34 @@ device for a value fails.
 """
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from conftest import ALGORITHMS, STRESS, TINY, TINY_ALGORITHM, everything_in, stored_results, tiny_arguments
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import incremental_cifar_experiment
 from incremental_cifar import training
+from incremental_cifar.cifar100 import ImageSet
 from incremental_cifar.command_line import run_script
 from incremental_cifar.config import load_config
 from incremental_cifar.continual_backprop import ContinualBackprop
 from incremental_cifar.cuda_graphs import WARM_UP_CALLS, Recorded
-from incremental_cifar.resnet import build_network
+from incremental_cifar.resnet import ResNet18, build_network
 from incremental_cifar.training import (
     EvaluationStep,
     TrainingStep,
     WeightNoise,
     compiled,
+    evaluate,
     make_optimizer,
     set_arithmetic,
     set_stepsize,
+    train_one_epoch,
     unseen_mask,
 )
 
@@ -209,6 +214,33 @@ def test_a_run_without_graphs_may_go_on_with_them_but_says_so(tmp_path, uninterr
     run_one("base_deep_learning_system", tmp_path)
     assert "resuming in another environment (cuda_graphs None -> True)" in capsys.readouterr().err
     assert stored_results(tmp_path / "base_deep_learning_system") == stored_results(uninterrupted("base_deep_learning_system"))
+
+
+def test_on_a_gpu_that_is_only_imagined_every_tensor_is_where_it_belongs_and_nothing_waits(monkeypatch):
+    """PyTorch's fake tensors have a device and no content: mixing devices raises, and so does asking for a value.
+
+    The backward pass and the fused optimizer need a real GPU, and are left out.
+    """
+    device = torch.device("cuda", 0)
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="CUDA is not available")  # of autocast
+        with device:
+            network = ResNet18(width=8)
+        monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        monkeypatch.setattr(optimizer, "step", lambda: None)
+        continual_backprop = ContinualBackprop(network, 3, 0.05, maturity_threshold=2)
+        image_set = ImageSet(np.zeros((100, 10, 32, 32, 3), np.uint8), device)
+        losses, accuracies = torch.zeros(2, 100, device=device)
+        for precision in ("tf32", "bf16"):
+            step = TrainingStep(network, optimizer, precision, continual_backprop)
+            train_one_epoch(step, image_set, np.arange(10), 9, 11, 0, losses, accuracies, 0)
+            for generator in (None, torch.Generator()):
+                outcome = evaluate(EvaluationStep(network, precision), image_set, np.arange(10), generator)
+                assert [value.device for value in outcome] == [device, device]
+        assert continual_backprop.step_count == 24 and continual_backprop.births.device == device
+        with pytest.raises(RuntimeError):  # that the check can fail
+            evaluate(EvaluationStep(network), ImageSet(np.zeros((100, 10, 32, 32, 3), np.uint8), CPU), np.arange(10))
 
 
 @pytest.mark.skipif(not STRESS, reason="compiles for two minutes; make stress runs it")
