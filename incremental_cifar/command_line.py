@@ -109,7 +109,8 @@ def stop_requests() -> Iterator[StopRequest]:
         nonlocal noted_at
         if not request:
             request.signal_number, noted_at = signal_number, time.monotonic()
-        elif signal_number == signal.SIGINT or time.monotonic() - noted_at > SECONDS_OF_ONE_SIGNAL:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a sweep sees by this that the run has been asked
+        elif time.monotonic() - noted_at > SECONDS_OF_ONE_SIGNAL:
             signal.signal(signal_number, signal.SIG_DFL)
             os.kill(os.getpid(), signal_number)
 
