@@ -23,9 +23,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,7 @@ from incremental_cifar.config import REPOSITORY, UserError, load_config
 from incremental_cifar.cuda_graphs import Recorded
 from incremental_cifar.resnet import build_network
 from incremental_cifar.training import (
+    STEPS_PER_CHUNK,
     autocast,
     choose_device,
     device_name,
@@ -136,17 +137,17 @@ class BenchedRun:
         for image_set in (run.test_set, run.validation_set):
             torch.stack(evaluate(run.evaluation_step, image_set, run.class_order[:num_classes])).tolist()
 
-    def transform(self, num_steps: int) -> None:
-        """The augmentation of so many steps alone."""
+    def transform(self, num_chunks: int) -> None:
+        """The augmentation of so many chunks of steps alone."""
         run = self.experiment
-        n = run.config.batch_size
-        indices = torch.arange(n, device=self.device) * 7 % len(run.train_set.pixels) // 1024
+        n = run.config.batch_size * STEPS_PER_CHUNK[self.device.type]
+        indices = torch.arange(n, device=self.device) * 7 % (100 * run.train_set.images_per_class)
         transformations = draw_transformations(n, torch.Generator().manual_seed(0)).to(self.device)
-        for _ in range(num_steps):
+        for _ in range(num_chunks):
             augmented(run.train_set, indices, transformations)
 
     def reset(self, num_steps: int) -> None:
-        """What continual backpropagation or the noise does on the host's side of so many steps, alone."""
+        """What continual backpropagation or the noise does after the network in so many steps, alone."""
         step = self.experiment.training_step
         for number in range(num_steps):
             if step.continual_backprop is not None:
@@ -172,8 +173,12 @@ class Bench:
         self.first: BenchedRun | None = None
         self.is_compiled = parsed.compile
         set_arithmetic(precision, deterministic=True)
+        self.runs = {BASE: self.new_run()}
+        self.runs[BASE].train(self.classes)
+        self.runs[BASE].evaluate(self.classes)
+        self.peak_memory = peak_memory(device)  # of one run, before there are others
         self.bare = BareLoop(parsed.width, parsed.batch_size, precision, device)
-        self.runs = {algorithm: self.new_run(algorithm) for algorithm in ALGORITHMS}
+        self.runs |= {algorithm: self.new_run(algorithm) for algorithm in ALGORITHMS[1:]}
 
     def new_run(self, algorithm: str = BASE, index: int = 0, **settings: object) -> BenchedRun:
         run = BenchedRun(self.held, algorithm, index, self.settings | settings, self.first)
@@ -205,18 +210,18 @@ class Bench:
             over = [statistics.median(mine / other for mine, other in zip(values, times[to], strict=True)) for to in ("bare loop", BASE)]
             parts = ["", "", ""]
             if name in ALGORITHMS:
-                parts = [f"{1000 * part:.2f}" for part in self.parts(runs[name], step)]
+                data = self.seconds_of(runs[name].transform) / STEPS_PER_CHUNK[self.device.type]
+                # On a GPU, what the host does meanwhile costs nothing: there, it is what a step takes longer than the base system's.
+                longer = statistics.median(mine - base for mine, base in zip(values, times[BASE], strict=True))
+                reset = longer if self.is_gpu else self.seconds_of(runs[name].reset)
+                parts = [f"{1000 * part:.2f}" for part in (data, step - data - reset, reset)]
             rows.append([self.precision, name, f"{1000 * step:.2f}", f"{self.batch_size / step:,.0f}", *parts, *(f"{o:.3f}" for o in over)])
         return rows
 
-    def parts(self, run: BenchedRun, step: float) -> Iterator[float]:
-        """Seconds of a step in augmentation, in the network, and in resets or noise."""
-        repeats = 100 if self.is_gpu else 5
-        data, reset = (
-            statistics.median(seconds(functools.partial(part, repeats), self.device) / repeats for _ in range(3))
-            for part in (run.transform, run.reset)
-        )
-        return iter((data, step - data - reset, reset))
+    def seconds_of(self, part: Callable[[int], None]) -> float:
+        """Seconds of one repetition of a part of a step, alone."""
+        repeats = 50 if self.is_gpu else 5
+        return statistics.median(seconds(functools.partial(part, repeats), self.device) / repeats for _ in range(3))
 
     def epochs(self) -> tuple[list[list[str]], dict[int, float]]:
         """Rows of the table of epochs with the projection to a full run, and the seconds of training an epoch by number of classes."""
@@ -258,11 +263,8 @@ class Bench:
                     run.train(self.classes)
                     run.experiment.curves.step_losses[0].item()  # waits for this stream
 
-            threads = [threading.Thread(target=train, args=(run,)) for run in together]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            with ThreadPoolExecutor(len(together)) as threads:
+                list(threads.map(train, together))  # raises what they raise
 
         train_together(runs)  # warm up
         rates: dict[int, list[float]] = {count: [] for count in counts}
@@ -287,10 +289,15 @@ class Bench:
         activity = torch.profiler.ProfilerActivity
         with torch.profiler.profile(activities=[activity.CPU, *[activity.CUDA] * self.is_gpu], acc_events=True) as profiler:
             seconds(functools.partial(run.train, classes), self.device)
-        time_of = {
-            event.key: event.self_device_time_total if self.is_gpu else event.self_cpu_time_total for event in profiler.key_averages()
-        }  # microseconds
+        events = profiler.key_averages()
+        if self.is_gpu:  # kernels alone: those who launched them would count them twice
+            kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation]
+            time_of = {event.key: event.self_device_time_total for event in kernels}  # microseconds
+        else:
+            time_of = {event.key: event.self_cpu_time_total for event in events}
         total = sum(time_of.values())
+        if total == 0:
+            warn("--profile: the profiler saw no kernels; it may lack the permission to")
         steps = run.num_steps(classes)
         rows = []
         for name in sorted(time_of, key=time_of.__getitem__, reverse=True)[:num_rows]:
@@ -371,8 +378,9 @@ def describe_machine(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> str:
+    """The most memory in use so far: on the GPU, or of this process (which has read and transformed all images)."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on the GPU"
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return f"{kibibytes / 2**20 if sys.platform != 'darwin' else kibibytes / 2**30:.2f} GiB"
 
@@ -410,9 +418,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     released_classes, released = (100 if device.type == "cuda" else 5), None
     if parsed.released is not None:  # first of all, so that nothing else is lost if it fails
         released = time_released(parsed.released, parsed.data_path, "continual_backpropagation", released_classes)
+    memory = []
     for precision in precisions:
         with contextlib.ExitStack() as held:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             bench = Bench(held, device, precision, parsed)
+            if device.type == "cuda" or not memory:  # of a process, it never falls
+                memory.append(f"{bench.peak_memory} in {precision}")
             tables.setdefault(step_header, []).extend(bench.step_rows())
             epoch_rows, training = bench.epochs()
             tables.setdefault(("precision", "epoch or run", "training", "evaluation", "evaluation's share"), []).extend(epoch_rows)
@@ -423,7 +436,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ours = at(training, released_classes)
                 row = [precision, f"{released_classes} classes", f"{released:.2f} s", f"{ours:.2f} s", f"{released / ours:.1f}"]
                 tables.setdefault(("precision", "an epoch's training", "released code", "here", "times faster"), []).append(row)
-    print(f"{describe_machine(device)}; width {parsed.width}, batch {parsed.batch_size}, peak memory {peak_memory(device)}")
+    print(f"{describe_machine(device)}; width {parsed.width}, batch {parsed.batch_size}, peak memory of a run {', '.join(memory)}")
     for header, rows in tables.items():
         print("\n" + markdown_table(header, rows))
     return 0

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from incremental_cifar.cifar100 import ImageSet, load_images
 from incremental_cifar.command_line import OneLineArgumentParser, StopRequest, parse_indices, run_script, show_error, stop_requests, warn
 from incremental_cifar.config import FREE_KEYS, Config, UserError, differing_keys, load_config, make_config
 from incremental_cifar.continual_backprop import ContinualBackprop
+from incremental_cifar.cuda_graphs import Recorded
 from incremental_cifar.learning_curves import STEPS_PER_WINDOW, LearningCurves
 from incremental_cifar.resnet import ResNet18, build_network, initialise
 from incremental_cifar.run_files import RunFiles
@@ -60,6 +62,9 @@ RUNNER_KEYS = {"index", "verbose", "debug", "plot_results", "runs", "relevant_pa
 
 # A training image costs a forward pass and a backward pass of twice its work; an evaluated image, a forward pass.
 WORK_PER_TRAINING_IMAGE = 3
+
+# PyTorch has 32 streams to give to a process, and a run takes three; two runs that shared one would not be exact any more.
+MOST_RUNS_PER_GPU = 10
 
 SECONDS_BETWEEN_REPORTS = 1.0  # at least, of the file that says how far a run is
 
@@ -238,22 +243,22 @@ class IncrementalCIFARExperiment(Experiment):
         self.curves = LearningCurves(config.steps_before(config.num_epochs), config.num_epochs, self.device)
 
     def record_steps(self) -> None:
-        """On a GPU, have the steps replayed from CUDA graphs; where that is impossible, warn and go on without."""
+        """On a GPU, have the steps replayed from CUDA graphs; where that is impossible, warn once and go on without."""
         self.is_recorded = False if self.has_graphs else None
-        if self.has_graphs and self.config.cuda_graphs:
-            try:
-                self.training_step.record(self.config.batch_size)
-                self.evaluation_step.record()
-                self.is_recorded = True
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                self.training_step.learn, self.evaluation_step.evaluate = (
-                    self.training_step.learn_from_batch,
-                    self.evaluation_step.evaluate_batch,
-                )
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                warn(f"{self.prefix}a step cannot be recorded as a CUDA graph ({reason}); going on without, more slowly")
+        if not (self.has_graphs and self.config.cuda_graphs):
+            return
+        is_known = Recorded.first_failure is not None
+        try:
+            self.training_step.record(self.config.batch_size)
+            self.is_recorded = True
+            self.evaluation_step.record()
+        except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException):
+            raise
+        except RuntimeError:
+            if not is_known:
+                what = "an evaluation step" if self.is_recorded else "a step"
+                reason = Recorded.first_failure.splitlines()[0]
+                warn(f"{what} cannot be recorded as a CUDA graph ({reason}); going on without, more slowly")
 
     @property
     def has_graphs(self) -> bool:
@@ -535,6 +540,7 @@ def run_side_by_side(experiments: Sequence[IncrementalCIFARExperiment]) -> int:
 
     Every run has a thread, and on a GPU a stream of its own, so that its kernels fill what the others leave free. A run that fails is
     reported in a line and the others go on. The status is 0 if all runs are finished, 2 if one failed, else that of the signal.
+    Raises UserError if there are too many for a GPU.
     """
     statuses = [0]
 
@@ -545,7 +551,7 @@ def run_side_by_side(experiments: Sequence[IncrementalCIFARExperiment]) -> int:
     def train(experiment: IncrementalCIFARExperiment) -> None:
         # Both of these are a thread's own.
         torch.set_num_threads(num_threads)
-        stream = torch.cuda.stream(torch.cuda.Stream(experiment.device)) if experiment.device.type == "cuda" else contextlib.nullcontext()
+        stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
         try:
             with stream:
                 experiment.train_to_the_end(stop)
@@ -553,11 +559,16 @@ def run_side_by_side(experiments: Sequence[IncrementalCIFARExperiment]) -> int:
             report(experiment, error)
         except SystemExit as leaving:
             statuses.append(leaving.code)
-        except BaseException as error:  # our bug: it goes on in the main thread
-            bugs.append(error)
+        except BaseException:  # our bug
+            traceback.print_exc()
+            statuses.append(1)
 
+    device = experiments[0].device
+    if device.type == "cuda" and len(experiments) > MOST_RUNS_PER_GPU:
+        raise UserError(
+            f"--experiment-index: {len(experiments)} runs; at most {MOST_RUNS_PER_GPU} can share a GPU in one process; start another one"
+        )
     num_threads = torch.get_num_threads()
-    bugs: list[BaseException] = []
     with stop_requests() as stop, contextlib.ExitStack() as held:
         ready: list[IncrementalCIFARExperiment] = []
         for experiment in experiments:
@@ -568,16 +579,14 @@ def run_side_by_side(experiments: Sequence[IncrementalCIFARExperiment]) -> int:
                     ready.append(experiment)
             except (UserError, OSError) as error:
                 report(experiment, error)
-        if ready and ready[0].device.type == "cuda":
-            torch.cuda.synchronize(ready[0].device)  # the threads' streams do not wait for this one
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the threads' streams do not wait for this one
         threads = [threading.Thread(target=train, args=(experiment,)) for experiment in ready]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    if bugs:
-        raise bugs[0]
-    return 2 if 2 in statuses else max(statuses)
+    return next((status for status in (1, 2) if status in statuses), max(statuses))
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[Config, list[int], bool]:

@@ -14,7 +14,7 @@ Source: PyTorch notes, "CUDA semantics", section "CUDA Graphs".
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,16 +30,16 @@ def record_cuda_graph(function: Callable[[], tuple[Tensor, ...]], device: torch.
         stream = torch.cuda.current_stream()
         recording_stream = torch.cuda.Stream()
         recording_stream.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.stream(recording_stream):
                 for _ in range(WARM_UP_CALLS):
                     function()
-            stream.wait_stream(recording_stream)
-            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=recording_stream):
                 outputs = function()
         finally:
             torch.cuda.set_stream(stream)  # PyTorch leaves the other one behind where recording fails
+            stream.wait_stream(recording_stream)  # what comes next, perhaps a repair, comes after all this
         return graph.replay, outputs
 
 
@@ -49,8 +49,11 @@ class Recorded:
     function: takes tensors and returns a tuple of tensors. examples: arguments of the shapes, dtypes and memory formats of the calls to
     come; calls with other shapes run the function itself. changed: all memory that the function changes besides its outputs; it is as
     before when the constructor is done. record: replaced in tests, which have no GPU.
-    The outputs of a call are overwritten by the next. Raises RuntimeError if the function cannot be recorded.
+    The outputs of a call are overwritten by the next. Raises RuntimeError if the function cannot be recorded, and from then on always:
+    PyTorch 2.11 cannot record in a process in which it has failed to.
     """
+
+    first_failure: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -59,11 +62,17 @@ class Recorded:
         changed: Sequence[Tensor],
         record: Callable[[Callable[[], tuple[Tensor, ...]], torch.device], Recording] = record_cuda_graph,
     ):
+        if Recorded.first_failure is not None:
+            raise RuntimeError(Recorded.first_failure)
         self.function = function
         self.inputs = [torch.empty_like(example).copy_(example) for example in examples]
         before = [tensor.detach().clone() for tensor in changed]
         try:
             self.replay, self.outputs = record(lambda: function(*self.inputs), examples[0].device)
+        except RuntimeError as error:
+            # "Failed due to a previous error" would hide that one.
+            Recorded.first_failure = str(error.__context__ or error) or type(error).__name__
+            raise
         finally:
             with torch.no_grad():
                 for tensor, value in zip(changed, before, strict=True):

@@ -154,7 +154,11 @@ class WeightNoise:
         flat = torch.empty(sum(parameter.numel() for parameter in self.parameters), device=device)
         self.flat = flat  # one draw for all parameters
         pieces = flat.split([parameter.numel() for parameter in self.parameters])
-        self.noise = [piece.view_as(parameter) for piece, parameter in zip(pieces, self.parameters, strict=True)]
+        # In the memory format of its parameter each: only then are all of them added in a few kernels.
+        self.noise = [
+            piece.as_strided(parameter.shape, parameter.stride(), piece.storage_offset())
+            for piece, parameter in zip(pieces, self.parameters, strict=True)
+        ]
 
     @torch.no_grad()
     def add(self, step: int) -> None:
@@ -298,9 +302,11 @@ class EvaluationStep:
     @torch.no_grad()
     def evaluate_batch(self, images: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         self.network.eval()
-        with autocast(self.precision, images.device):
-            logits, _ = self.forward(images)
-        self.network.train()
+        try:
+            with autocast(self.precision, images.device):
+                logits, _ = self.forward(images)
+        finally:
+            self.network.train()
         logits = logits.float() + mask
         return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()
 

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import incremental_cifar_experiment
-from incremental_cifar import training
+from incremental_cifar import cifar100, training
+from incremental_cifar.augmentation import augmented, draw_transformations
 from incremental_cifar.cifar100 import ImageSet
 from incremental_cifar.command_line import run_script
 from incremental_cifar.config import load_config
@@ -102,16 +103,19 @@ def test_what_is_replayed_is_the_function_on_new_inputs_and_on_its_own_memory():
     assert recorded(torch.tensor([3.0]))[1] == 3 and counted.calls == calls + 1  # another shape: the function itself
 
 
-def test_memory_is_as_before_where_recording_fails():
+def test_memory_is_as_before_where_recording_fails(monkeypatch):
     total = torch.zeros(2)
 
     def wait(values):
         total.add_(values)
         return (values * total.sum().item(),)
 
+    monkeypatch.setattr(Recorded, "first_failure", None)
     with pytest.raises(RuntimeError, match="not permitted"):
         Recorded(wait, (torch.ones(2),), [total], record_operations)
     assert total.tolist() == [0, 0]
+    with pytest.raises(RuntimeError, match="not permitted"):  # never again in this process
+        Recorded(lambda values: (values,), (torch.ones(2),), [], record_operations)
 
 
 def test_the_stand_in_is_as_strict_as_a_cuda_graph():
@@ -169,16 +173,28 @@ def test_replayed_steps_are_the_plain_ones_to_the_bit(algorithm, precision, monk
     assert all(torch.equal(value, plain_state[name]) for name, value in state.items())
 
 
+@pytest.fixture
+def recorder(monkeypatch):
+    """From here on, runs on this CPU record their steps."""
+
+    def use(record):
+        monkeypatch.setattr(Recorded.__init__, "__defaults__", (record,))
+        monkeypatch.setattr(Recorded, "first_failure", None)
+        monkeypatch.setattr(incremental_cifar_experiment.IncrementalCIFARExperiment, "has_graphs", property(lambda self: True))
+
+    return use
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_whole_runs_from_recorded_steps_are_the_plain_runs(algorithm, tmp_path, uninterrupted, monkeypatch, capsys):
+def test_whole_runs_from_recorded_steps_are_the_plain_runs(algorithm, tmp_path, recorder, monkeypatch, capsys):
     """Tasks, step sizes, resets and noise between replays, best network, last smaller batches, evaluation: everything but CUDA itself."""
-    monkeypatch.setattr(Recorded.__init__, "__defaults__", (record_operations,))
-    monkeypatch.setattr(incremental_cifar_experiment.IncrementalCIFARExperiment, "has_graphs", property(lambda self: True))
-    experiment = run_one(algorithm, tmp_path)
-    assert isinstance(experiment.training_step.learn, Recorded) and experiment.is_recorded
-    assert "warning" not in capsys.readouterr().err
-    plain, ours = stored_results(uninterrupted(algorithm)), stored_results(tmp_path / algorithm)
-    assert ours == plain
+    monkeypatch.setitem(training.EVALUATION_BATCH_SIZE, "cpu", 4)  # full batches and smaller ones of 5, 10, ..., 30 images
+    run_one(algorithm, tmp_path / "plain", batch_size=12)
+    recorder(record_operations)
+    experiment = run_one(algorithm, tmp_path / "recorded", batch_size=12)
+    assert isinstance(experiment.training_step.learn, Recorded) and isinstance(experiment.evaluation_step.evaluate, Recorded)
+    assert experiment.is_recorded and "warning" not in capsys.readouterr().err
+    assert stored_results(tmp_path / "recorded" / algorithm) == stored_results(tmp_path / "plain" / algorithm)
 
 
 def run_one(algorithm, results_dir, **settings):
@@ -190,27 +206,49 @@ def run_one(algorithm, results_dir, **settings):
     return experiment
 
 
-def test_where_recording_is_impossible_a_run_warns_once_and_gives_the_same(tmp_path, uninterrupted, monkeypatch, capsys):
+@pytest.mark.parametrize("where", ["forward", "recording"])
+def test_where_recording_is_impossible_a_run_warns_once_and_gives_the_same(where, tmp_path, uninterrupted, recorder, monkeypatch, capsys):
     def refuse(function, device):
         function()
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    monkeypatch.setattr(Recorded.__init__, "__defaults__", (refuse,))
-    monkeypatch.setattr(incremental_cifar_experiment.IncrementalCIFARExperiment, "has_graphs", property(lambda self: True))
+    def fail_in_forward(function, device):
+        with monkeypatch.context() as inside:
+            inside.setattr(training, "autocast", lambda *arguments: (_ for _ in ()).throw(RuntimeError("operation not permitted")))
+            function()
+
+    recorder(refuse if where == "recording" else fail_in_forward)
     experiment = run_one("continual_backpropagation", tmp_path)
     errors = capsys.readouterr().err
-    assert errors.count("warning") == 1 and "(operation not permitted when stream is capturing); going on without" in errors
+    assert errors.count("warning") == 1 and "cannot be recorded as a CUDA graph (operation not permitted" in errors
     assert experiment.is_recorded is False and experiment.environment["cuda_graphs"] is False
     assert stored_results(tmp_path / "continual_backpropagation") == stored_results(uninterrupted("continual_backpropagation"))
+    run_one("continual_backpropagation", tmp_path / "again", num_tasks=1)  # not tried again in this process, and not said again
+    assert "warning" not in capsys.readouterr().err
 
 
-def test_a_run_without_graphs_may_go_on_with_them_but_says_so(tmp_path, uninterrupted, monkeypatch, capsys, script):
+def test_where_only_the_evaluation_cannot_be_recorded_the_training_still_is(tmp_path, uninterrupted, recorder, monkeypatch, capsys):
+    evaluate_batch = EvaluationStep.evaluate_batch
+
+    def without_gradients(self, images, labels, mask):
+        if self.evaluate == self.evaluate_batch and Recorded.first_failure is None:
+            raise RuntimeError("this part not")
+        return evaluate_batch(self, images, labels, mask)
+
+    recorder(record_operations)
+    monkeypatch.setattr(EvaluationStep, "evaluate_batch", without_gradients)
+    experiment = run_one("base_deep_learning_system", tmp_path)
+    assert experiment.is_recorded and isinstance(experiment.training_step.learn, Recorded)
+    assert "an evaluation step cannot be recorded as a CUDA graph (this part not)" in capsys.readouterr().err
+    assert stored_results(tmp_path / "base_deep_learning_system") == stored_results(uninterrupted("base_deep_learning_system"))
+
+
+def test_a_run_without_graphs_may_go_on_with_them_but_says_so(tmp_path, uninterrupted, recorder, capsys, script):
     stopped = script([*tiny_arguments("base_deep_learning_system", tmp_path), "cuda_graphs=false", "--verbose"])
     stopped.wait_for_output("Epoch 3/")
     stopped.send(15)
     assert stopped.wait() == 143
-    monkeypatch.setattr(Recorded.__init__, "__defaults__", (record_operations,))
-    monkeypatch.setattr(incremental_cifar_experiment.IncrementalCIFARExperiment, "has_graphs", property(lambda self: True))
+    recorder(record_operations)
     run_one("base_deep_learning_system", tmp_path)
     assert "resuming in another environment (cuda_graphs None -> True)" in capsys.readouterr().err
     assert stored_results(tmp_path / "base_deep_learning_system") == stored_results(uninterrupted("base_deep_learning_system"))
@@ -222,6 +260,7 @@ def test_on_a_gpu_that_is_only_imagined_every_tensor_is_where_it_belongs_and_not
     The backward pass and the fused optimizer need a real GPU, and are left out.
     """
     device = torch.device("cuda", 0)
+    monkeypatch.setattr(cifar100, "_channel_statistics", {})  # made here, they would be imagined for ever
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="CUDA is not available")  # of autocast
         with device:
@@ -285,10 +324,15 @@ def test_on_a_gpu_steps_agree_with_the_cpu_and_wait_for_nothing(use_cbp):
         if device.type == "cuda":
             step.record(6)
         batch = images.to(device), labels.to(device), unseen_mask(range(10), device)
+        image_set = ImageSet(np.zeros((100, 10, 32, 32, 3), np.uint8), device)
+        transformations = draw_transformations(6, generator).to(device)
+        indices = torch.arange(6, device=device)
+        augmented(image_set, indices, transformations)
         step(*batch, 0)
         torch.cuda.set_sync_debug_mode("error" if device.type == "cuda" else "default")
         try:
             for number in range(1, 6):
+                augmented(image_set, indices, transformations)
                 step(*batch, number)
         finally:
             torch.cuda.set_sync_debug_mode("default")
