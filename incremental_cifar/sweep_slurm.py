@@ -1,0 +1,537 @@
+"""A sweep on Slurm: an array of jobs, each for some indices of one experiment, that queue themselves again until these are finished.
+
+    queue = queued_runs(experiments)                      # what Slurm knows of them
+    submit(statuses, queue, ["partition=gpu", "time=4:00:00", "gres=gpu:1"], ...)
+
+submitit writes the batch script and starts `run_indices` in each job, which starts the experiment as its child and sees to it that
+
+- before the time limit (Slurm's SIGUSR1), or when the job is pre-empted (SIGTERM), the runs stop with a checkpoint;
+- a job that ran into its limit is queued again (`scontrol requeue`), as Slurm itself does with one that was pre-empted;
+- a run that fails is tried again, at once and in the same job.
+
+If that process is killed too, the batch script queues the job again. Slurm sends its signals to all processes of a job, some of them twice,
+and the experiment takes a second one as "at once": so its child does not hear them, and gets a single SIGINT instead.
+
+Which runs a job has is known before it is submitted: the sweep writes the job's name and the task's number into the runs' records, and
+compares them with `squeue`. So whatever happens in between, nothing that is queued is submitted again.
+"""
+
+import contextlib
+import ctypes
+import io
+import math
+import os
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from incremental_cifar.command_line import warn
+from incremental_cifar.config import REPOSITORY, UserError, load_config
+from incremental_cifar.safe_files import lock_holder, read_note, write_note
+from incremental_cifar.sweep_after import do_steps, tidy
+from incremental_cifar.sweep_local import Display, Place, Workers, is_asked_to_stop, status_text
+from incremental_cifar.sweep_plan import Experiment, Job, make_jobs
+from incremental_cifar.sweep_status import (
+    FINISHED,
+    QUEUED,
+    RUNNING,
+    Run,
+    Status,
+    counts_text,
+    new_record,
+    open_log,
+    read_record,
+    read_statuses,
+    record_file,
+    update_record,
+    write_heading,
+)
+
+DEFAULT_MINUTES = 240  # a job's time limit, if none is given; what is not finished by then goes on in the next one
+# What of sbatch's options the sweep decides itself.
+OURS = {
+    "array",
+    "dependency",
+    "error",
+    "job-name",
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "open-mode",
+    "output",
+    "requeue",
+    "signal",
+}
+NOT_HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # by the experiment in a job
+SECONDS_FOR_REQUEUE = 15  # before a job's limit: then it is queued again even if its epoch has not ended
+PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends
+SECONDS_FOR_LOCKS = 120  # until a file server drops the locks of a node that has died
+KILLED = (128 + signal.SIGKILL, 128 + signal.SIGUSR1)  # exit statuses of a job's process that was killed, or warned while it started
+
+
+# --- What Slurm knows ------------------------------------------------------------------------------------------------------------
+
+
+class QueuedJob(NamedTuple):
+    """A job, or a task of an array, that has not ended."""
+
+    id: str  # "12" or "12_3"
+    state: str  # as squeue says it, in small letters: "pending", "running", "completing", ...
+    reason: str
+
+    @property
+    def array_id(self) -> str:
+        return self.id.partition("_")[0]
+
+    @property
+    def text(self) -> str:
+        return f"{self.id}, {self.state}" + (f" ({self.reason})" if self.reason else "")
+
+    @property
+    def has_started(self) -> bool:
+        return self.state in ("running", "configuring")
+
+    @property
+    def task(self) -> int:
+        return int(self.id.partition("_")[2] or 0)
+
+
+def slurm(*command: str) -> str:
+    """The output of one of Slurm's commands. Raises UserError if it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        raise UserError(f"--cluster slurm: there is no {command[0]} on this machine; it needs Slurm's commands, as on a login node")
+    try:
+        completed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{command[0]}: no answer from Slurm within two minutes; try again later") from None
+    if completed.returncode != 0:
+        raise UserError(f"{command[0]}: {_last_error(completed.stderr)}")
+    return completed.stdout
+
+
+def _last_error(text: str) -> str:
+    lines = [re.sub(r"^\w+: (error: |fatal: )?", "", line.strip()) for line in text.splitlines() if line.strip()]
+    return "; ".join(dict.fromkeys(lines[-2:])) or "failed without a message"
+
+
+def squeue() -> dict[str, list[QueuedJob]]:
+    """This user's jobs by name. Raises UserError."""
+    jobs: dict[str, list[QueuedJob]] = {}
+    for line in slurm("squeue", f"--user={os.getuid()}", "--array", "--noheader", "--format=%i|%T|%r|%j").splitlines():
+        number, state, reason, name = line.strip().split("|", 3)
+        jobs.setdefault(name, []).append(QueuedJob(number, state.lower(), "" if reason == "None" else reason))
+    return jobs
+
+
+def check_slurm() -> None:
+    """Raise UserError unless jobs can be submitted from here."""
+    slurm("sbatch", "--version")
+    try:
+        import submitit  # noqa: F401
+    except ImportError:
+        requirements = REPOSITORY / "requirements-slurm.txt"
+        raise UserError(f"--cluster slurm: submitit is not installed: {sys.executable} -m pip install -r {requirements}") from None
+
+
+def queued_runs(experiments: Sequence[Experiment]) -> dict[Run, QueuedJob]:
+    """The jobs of those runs that Slurm has queued or started. Raises UserError if Slurm does not answer.
+
+    On a machine without Slurm, what was submitted elsewhere cannot be known; a warning says so.
+    """
+    submitted: dict[Run, tuple[str, int]] = {}
+    for experiment in experiments:
+        finished = experiment.files(0).finished_indices()
+        for index in experiment.indices:
+            job = read_record(experiment, index).get("slurm")
+            if isinstance(job, dict) and index not in finished:
+                submitted[experiment, index] = str(job.get("name")), int(job.get("task", 0))
+    if not submitted:
+        return {}
+    if shutil.which("squeue") is None:
+        warn(f"{len(submitted)} unfinished runs were submitted to Slurm; without squeue, it cannot be seen here whether they are queued")
+        return {}
+    found = {(name, job.task): job for name, jobs in squeue().items() for job in jobs}
+    return {run: found[key] for run, key in submitted.items() if key in found}
+
+
+def requeue(job_id: str) -> None:
+    """Have Slurm queue this job again, and end it if it runs. Raises RuntimeError if Slurm refuses."""
+    completed = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True, timeout=120)
+    if completed.returncode != 0:
+        raise RuntimeError(f"job {job_id} cannot be queued again: {_last_error(completed.stderr)}")
+
+
+def own_job_id() -> str:
+    """The job this process runs in, as squeue names it."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
+
+
+# --- Submission ------------------------------------------------------------------------------------------------------------------
+
+
+class Request(NamedTuple):
+    """What every job of a sweep asks for."""
+
+    minutes: int  # time limit
+    options: dict[str, str | bool]  # of sbatch, without their dashes
+    jobs_at_once: int | None
+
+
+def parse_request(texts: Sequence[str], signal_before: int) -> Request:
+    """Read `--slurm KEY=VALUE ...`; signal_before: seconds. Raises UserError."""
+    options: dict[str, str | bool] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        key = key.strip().removeprefix("--").replace("_", "-")
+        if not equals or not re.fullmatch(r"[a-z][a-z-]*", key) or not value or "\n" in value:
+            raise UserError(f'--slurm: expected KEY=VALUE with the name of an option of sbatch, got "{text}"')
+        if key in OURS:
+            raise UserError(f"--slurm: {key} is what the sweep decides itself; leave it out")
+        if key in options:
+            raise UserError(f'--slurm: key "{key}" appears twice; keep one of them')
+        options[key] = True if value == "true" else value
+    minutes = _minutes(str(options.pop("time", DEFAULT_MINUTES)))
+    if signal_before >= 60 * minutes:
+        raise UserError(f"--signal-before: {signal_before} s do not fit into the jobs' time limit of {60 * minutes} s")
+    jobs_at_once = options.pop("array-parallelism", None)
+    if jobs_at_once is not None and not re.fullmatch(r"[1-9]\d{0,5}", str(jobs_at_once)):
+        raise UserError(f'--slurm: array_parallelism is "{jobs_at_once}"; it must be the number of jobs that may run at once')
+    return Request(minutes, options, None if jobs_at_once is None else int(jobs_at_once))
+
+
+def _minutes(text: str) -> int:
+    """A time limit as sbatch takes it: "90", "90:00", "1:30:00", "1-12", "1-12:30" or "1-12:30:00". Raises UserError."""
+    match = re.fullmatch(r"(?:(\d{1,4})-)?(\d{1,6})(?::(\d{1,2}))?(?::(\d{1,2}))?", text)
+    if match is None:
+        raise UserError(f'--slurm: time is "{text}"; it must be minutes, or as in 4:00:00 or 1-12:00:00')
+    days, first, second, third = (None if part is None else int(part) for part in match.groups())
+    if days is not None:
+        seconds = 86400 * days + 3600 * first + 60 * (second or 0) + (third or 0)
+    elif third is not None:
+        seconds = 3600 * first + 60 * (second or 0) + third
+    else:
+        seconds = 60 * first + (second or 0)
+    if seconds == 0:
+        raise UserError(f'--slurm: time is "{text}"; it must be more than nothing')
+    return math.ceil(seconds / 60)
+
+
+def submit(
+    statuses: Sequence[Status],
+    queue: Mapping[Run, QueuedJob],
+    request: Request,
+    runs_per_job: int,
+    retries: int,
+    signal_before: int,
+    steps: Sequence[str],
+    keep: str,
+) -> int:
+    """Submit what is neither finished nor running nor queued, and a job for the steps that follow; return the exit status.
+
+    Raises UserError if Slurm does not take it; then all is as it was.
+    """
+    new = [(status.experiment, status.index) for status in statuses if status.state not in (FINISHED, RUNNING, QUEUED)]
+    job_ids = {job.array_id for job in queue.values()}
+    if new:
+        jobs = make_jobs(new, runs_per_job)
+        name = f"sweep-{secrets.token_hex(4)}"
+        before = {run: record_file(*run).read_bytes() if record_file(*run).exists() else None for run in new}
+        for task, job in enumerate(jobs):
+            for index in job.indices:
+                log = read_record(job.experiment, index).get("log")
+                new_record(job.experiment, index, slurm={"name": name, "task": task}, log=log)
+        calls = [(run_indices, (str(job.experiment.config_file), job.indices, retries, signal_before, keep)) for job in jobs]
+        try:
+            job_id = _sbatch(name, calls, _folder(jobs[0].experiment), request, signal_before, retries)
+        except BaseException:
+            for run, content in before.items():
+                with contextlib.suppress(OSError):
+                    record_file(*run).unlink(missing_ok=True) if content is None else record_file(*run).write_bytes(content)
+            raise
+        job_ids.add(job_id)
+        print(f"Submitted {len(new)} runs in {len(jobs)} jobs: {job_id} ({name}).")
+    text = counts_text([status for status in statuses if (status.experiment, status.index) not in new])
+    print(f"{'Besides: ' if new else 'Nothing to submit: '}{text}.")
+    if steps:
+        _submit_after(statuses, sorted(job_ids), request, signal_before, retries, steps, keep, is_new=bool(new))
+    return 0
+
+
+def _folder(experiment: Experiment) -> Path:
+    """Where batch scripts and what jobs print are kept."""
+    folder = Path(experiment.config.results_dir, ".sweep")
+    if "%" in str(folder):
+        raise UserError(f"{folder}: for Slurm, results_dir must be without %")
+    return folder
+
+
+def _sbatch(
+    name: str,
+    calls: Sequence[tuple[Any, tuple]],
+    folder: Path,
+    request: Request,
+    signal_before: int,
+    retries: int,
+    dependency: str | None = None,
+) -> str:
+    """Submit an array of function calls, a task each; return its number. Raises UserError if Slurm or submitit refuses.
+
+    What watches over a task's runs may be killed once more than `retries`, so that it comes back to say that they failed.
+    """
+    import submitit
+
+    folder = folder / name
+    options: dict[str, str | bool] = {**request.options, "requeue": True, "signal": f"USR1@{signal_before}"}
+    if dependency is not None:
+        options["dependency"] = dependency
+    threads = options.get("cpus-per-task")
+    parameters = {
+        "job_name": name,
+        "time": request.minutes,
+        "array_parallelism": request.jobs_at_once or len(calls),
+        "setup": [f"export PYTHONPATH={shlex.quote(str(REPOSITORY))}${{PYTHONPATH:+:$PYTHONPATH}}"],
+        "teardown": [
+            "status=$?",
+            "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
+            "job=${job:-$SLURM_JOB_ID}",
+            f"kills={shlex.quote(str(folder))}/kills-$job",
+            f"case $status in {'|'.join(map(str, KILLED))})",
+            '    echo "$status" >> "$kills"',
+            f'    if [ "$(wc -l < "$kills")" -le {retries + 1} ]; then scontrol requeue "$job"; fi',
+            "esac",
+            "exit $status",
+        ],
+        # srun does not take this over from sbatch.
+        "srun_args": [f"--cpus-per-task={threads}"] if threads else None,
+        "additional_parameters": options,
+    }
+    complaints = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaints):
+            folder.mkdir(parents=True)
+            executor = submitit.SlurmExecutor(folder=folder)
+            executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
+            with executor.batch():
+                submitted = [executor.submit(function, *arguments) for function, arguments in calls]
+    except (OSError, RuntimeError, submitit.core.utils.UncompletedJobError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(f"sbatch: {_last_error(str(error))}") from None
+    return submitted[0].job_id.partition("_")[0]
+
+
+# --- In a job --------------------------------------------------------------------------------------------------------------------
+
+
+class JobSignals:
+    """What Slurm has told this process."""
+
+    def __init__(self) -> None:
+        self.warned_at: float | None = None  # SIGUSR1: the time limit is near; time.monotonic()
+        self.is_ending = False  # SIGTERM: the job is being ended
+
+    def __bool__(self) -> bool:
+        return self.is_ending or self.warned_at is not None
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if number == signal.SIGTERM:
+            self.is_ending = True
+        elif self.warned_at is None:
+            self.warned_at = time.monotonic()
+
+
+def run_indices(config_file: str, indices: Sequence[int], retries: int, signal_before: int, keep: str) -> None:
+    """What a job does: run these indices to the end, or until it has to end; then see to it that it is queued again.
+
+    Raises RuntimeError if a run is given up, so that Slurm has the job as failed.
+    """
+    experiment = Experiment(config_file, (), load_config(config_file), tuple(indices))
+    for index in indices:
+        if read_record(experiment, index).get("is_running"):  # this job was here before, and was killed without a word
+            _count_failure(experiment, index, "its job was killed", retries)
+    signals = JobSignals()
+    with signals.heard():
+        while to_do := _runs_to_do(experiment, signals):
+            status = None if signals else _run_once(Job(experiment, tuple(to_do)), signals, signal_before)
+            for index in to_do:
+                tidy(experiment, index, keep)
+            if signals:
+                _leave(experiment, signals, retries)
+            elif status is not None:
+                for index in _unfinished(experiment):
+                    if index in to_do and lock_holder(experiment.files(index).lock_file) is None:
+                        _count_failure(experiment, index, status_text(status), retries)
+    records = {index: read_record(experiment, index) for index in indices}
+    if given_up := [f"index {index}: {record['reason']}" for index, record in records.items() if record.get("has_failed")]:
+        raise RuntimeError(f"{experiment.name}, {'; '.join(given_up)}")
+
+
+def _unfinished(experiment: Experiment) -> list[int]:
+    """Indices that are neither finished nor given up."""
+    finished = experiment.files(0).finished_indices()
+    return [index for index in experiment.indices if index not in finished and not read_record(experiment, index).get("has_failed")]
+
+
+def _runs_to_do(experiment: Experiment, signals: JobSignals) -> list[int]:
+    """Unfinished indices that nobody else works on; waits a while for the locks of processes on nodes that have just died."""
+    deadline = time.monotonic() + SECONDS_FOR_LOCKS
+    while True:
+        unfinished = _unfinished(experiment)
+        free = [index for index in unfinished if lock_holder(experiment.files(index).lock_file) is None]
+        if free or not unfinished or signals or time.monotonic() > deadline:
+            return free
+        time.sleep(1)
+
+
+def _count_failure(experiment: Experiment, index: int, reason: str, retries: int) -> None:
+    failures = int(read_record(experiment, index).get("failures", 0)) + 1
+    update_record(experiment, index, is_running=False, failures=failures, has_failed=failures > retries, reason=reason)
+
+
+def _run_once(job: Job, signals: JobSignals, signal_before: int) -> int:
+    """Run a process to its end, which comes after its current epoch if there is a signal; return its exit status."""
+    experiment = job.experiment
+    threads = os.environ.get("SLURM_CPUS_PER_TASK", "1")
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+
+    def note(**changes: Any) -> None:
+        for index in job.indices:
+            update_record(experiment, index, **changes)
+
+    note(is_running=True, log=os.path.relpath(job.log, experiment.folder), reason="")
+    start = time.monotonic()
+    with open_log(job.log) as log:
+        write_heading(log, f"on {socket.gethostname()}, job {own_job_id()}: {shlex.join(job.command())}")
+        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(job.command(), **streams, env=environment, preexec_fn=_become_child_of_a_job)
+        is_asked = False
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(timeout=0.5)
+                break
+            if signals and not is_asked and not is_asked_to_stop(process.pid):  # until it has started, it may not hear
+                note(is_running=False, reason="stopped by Slurm")  # now: there may be no time later
+                process.send_signal(signal.SIGINT)
+                is_asked = True
+            if signals.warned_at is not None and time.monotonic() > signals.warned_at + signal_before - SECONDS_FOR_REQUEUE:
+                process.kill()  # it goes on from the checkpoint before
+        write_heading(log, f"ended after {time.monotonic() - start:.0f} s: {status_text(status)}")
+    note(is_running=False)
+    return status
+
+
+def _become_child_of_a_job() -> None:
+    """In the experiment's process, before it starts: do not hear Slurm's signals, and end with the process that watches over it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, NOT_HEARD)
+    with contextlib.suppress(OSError, AttributeError):  # Linux only, as Slurm is
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _leave(experiment: Experiment, signals: JobSignals, retries: int) -> None:
+    """Have the job queued again, unless Slurm does so itself or somebody cancelled it, and end the process. Returns if nothing is left."""
+    if signals.warned_at is not None:
+        for index in _unfinished(experiment):
+            checkpoints = experiment.files(index).checkpoints()
+            epoch = checkpoints[-1][0] if checkpoints else 0
+            if read_record(experiment, index).get("epoch_at_limit") == epoch:
+                _count_failure(experiment, index, "no checkpoint within a job's time limit", retries)
+            update_record(experiment, index, epoch_at_limit=epoch)
+    if not _unfinished(experiment):
+        return
+    if signals.is_ending:
+        state, _, reason = slurm("squeue", "--noheader", f"--jobs={own_job_id()}", "--format=%T|%r").strip().partition("|")
+        # RUNNING: Slurm pre-empts it, but gives it some time first. COMPLETING: it is over already.
+        if state != "RUNNING" and reason != "TimeLimit":
+            raise SystemExit(128 + signal.SIGTERM)
+    requeue(own_job_id())
+    raise SystemExit(0)
+
+
+# --- The steps that follow -------------------------------------------------------------------------------------------------------
+
+
+def after_file(results_dir: str) -> Path:
+    """What is known of the job for the steps that follow the runs of a folder of results."""
+    return Path(results_dir, ".sweep", "after.json")
+
+
+def _submit_after(
+    statuses: Sequence[Status],
+    job_ids: Sequence[str],
+    request: Request,
+    signal_before: int,
+    retries: int,
+    steps: Sequence[str],
+    keep: str,
+    is_new: bool,
+) -> None:
+    """Submit the job that follows these jobs, in place of one that waits already."""
+    experiments = list(dict.fromkeys(status.experiment for status in statuses))
+    folder = _folder(experiments[0])
+    path = after_file(experiments[0].config.results_dir)
+    content = {"steps": list(steps), "keep": keep, "runs": [[experiment.name, list(experiment.indices)] for experiment in experiments]}
+    old = read_note(path)
+    old_jobs = squeue().get(str(old.get("name")), [])
+    if old_jobs and not is_new and content.items() <= old.items():
+        print(f"{', '.join(steps)}: queued already, as job {old_jobs[0].id}.")
+        return
+    name = f"sweep-{secrets.token_hex(4)}"
+    arguments = ([(str(experiment.config_file), experiment.indices) for experiment in experiments], tuple(steps), keep)
+    dependency = f"afterany:{':'.join(job_ids)}" if job_ids else None
+    job_id = _sbatch(name, [(run_steps, arguments)], folder, request, signal_before, retries, dependency)
+    write_note(path, {**content, "name": name})
+    if old_jobs:
+        slurm("scancel", f"--name={old['name']}")
+    print(f"{', '.join(steps)}: job {job_id}{', after all others' if job_ids else ''}.")
+
+
+def run_steps(runs: Sequence[tuple[str, Sequence[int]]], steps: Sequence[str], keep: str) -> None:
+    """What the job after all others does, with what is finished by then. Raises RuntimeError if something is missing or fails.
+
+    runs: config file and indices of each experiment.
+    """
+    experiments = [Experiment(config_file, (), load_config(config_file), tuple(indices)) for config_file, indices in runs]
+    path = after_file(experiments[0].config.results_dir)
+    threads = os.environ.get("SLURM_CPUS_PER_TASK", "1")
+    statuses = read_statuses(experiments, {})
+    unfinished = [status for status in statuses if status.state != FINISHED]
+    problems = [f"without {len(unfinished)} of {len(statuses)} runs, which are not finished"] if unfinished else []
+    with Workers([Place("here", {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads})], Display(sys.stdout)) as workers:
+        problems += do_steps(steps, experiments, keep, workers)
+    if workers.stop_signal == signal.SIGUSR1:  # the time limit is near; what is analysed is not analysed again
+        requeue(own_job_id())
+    if workers.stop_signal is not None:
+        raise SystemExit(128 + workers.stop_signal)
+    write_note(path, {**read_note(path), "result": "; ".join(problems) or "done"})
+    if problems:
+        raise RuntimeError("; ".join(problems))
+
+
+def after_text(experiments: Sequence[Experiment]) -> list[str]:
+    """How the steps that follow stand, a line for each folder of results that has some."""
+    lines = []
+    for results_dir in dict.fromkeys(experiment.config.results_dir for experiment in experiments):
+        note = read_note(after_file(results_dir))
+        if note.get("steps"):
+            jobs = squeue().get(str(note.get("name")), []) if shutil.which("squeue") else []
+            state = f"job {jobs[0].text}" if jobs else str(note.get("result", "ended without a word; see .sweep/"))
+            lines.append(f"{', '.join(map(str, note['steps']))}: {state}")
+    return lines
