@@ -55,7 +55,7 @@ from incremental_cifar_experiment import IncrementalCIFARExperiment
 ALGORITHMS = ("base_deep_learning_system", "continual_backpropagation", "head_resetting", "retrained_network", "shrink_and_perturb")
 BASE = ALGORITHMS[0]
 NUM_CLASSES_OF_TASKS = range(5, 101, 5)
-EPOCHS_PER_TASK = 200
+EPOCHS_PER_TASK, IMAGES_PER_CLASS = 200, 450
 
 
 def synchronise(device: torch.device) -> None:
@@ -162,14 +162,17 @@ class Bench:
     def __init__(self, held: contextlib.ExitStack, device: torch.device, precision: str, parsed: argparse.Namespace):
         self.held, self.device, self.precision = held, device, precision
         self.is_gpu = device.type == "cuda"
-        self.batch_size, self.turns = parsed.batch_size, parsed.turns or (5 if self.is_gpu else 2)
+        self.batch_size, self.turns = parsed.batch_size, parsed.turns or (5 if self.is_gpu else 8)
         self.settings = {
             "device": str(device),
             "precision": precision,
             "network_width": parsed.width,
             "batch_size": parsed.batch_size,
         }
-        self.classes = parsed.classes or (20 if self.is_gpu else 1)  # of an epoch whose steps are timed: 100 steps, or 5
+        # The epochs whose steps are timed have 100 steps on a GPU. On a CPU they have one, so that variants take turns every second.
+        self.classes = parsed.classes or (20 if self.is_gpu else 1)
+        self.images_per_class = IMAGES_PER_CLASS if self.is_gpu else min(parsed.batch_size, IMAGES_PER_CLASS)
+        self.settings["train_images_per_class"] = self.images_per_class
         self.first: BenchedRun | None = None
         self.is_compiled = parsed.compile
         set_arithmetic(precision, deterministic=True)
@@ -227,12 +230,13 @@ class Bench:
         """Rows of the table of epochs with the projection to a full run, and the seconds of training an epoch by number of classes."""
         num_classes = (5, 50, 100) if self.is_gpu else (self.classes,)
         run = self.runs["continual_backpropagation"]
+        repeats = IMAGES_PER_CLASS / self.images_per_class
         training, evaluation = {}, {}
         for classes in num_classes:
             run.evaluate(classes)  # warm up
-            turns = self.turns if self.is_gpu else 1
-            training[classes] = statistics.median(seconds(functools.partial(run.train, classes), self.device) for _ in range(turns))
-            evaluation[classes] = statistics.median(seconds(functools.partial(run.evaluate, classes), self.device) for _ in range(3))
+            turns = range(self.turns)
+            training[classes] = repeats * statistics.median(seconds(functools.partial(run.train, classes), self.device) for _ in turns)
+            evaluation[classes] = statistics.median(seconds(functools.partial(run.evaluate, classes), self.device) for _ in turns)
         rows = [
             [
                 self.precision,
@@ -250,16 +254,13 @@ class Bench:
         return rows, training
 
     def side_by_side(self) -> list[list[str]]:
-        """Rows of the table of several runs at once, in threads on streams of their own, as `--experiment-index 0-3` runs them."""
-        counts = (1, 2, 4) if self.is_gpu else (1, 2)
+        """Rows of the table of several runs at once on a GPU, in threads on streams of their own, as `--experiment-index 0-3` runs them."""
+        counts = (1, 2, 4)
         runs = [self.runs["continual_backpropagation"], *(self.new_run("continual_backpropagation", n) for n in range(1, counts[-1]))]
-        num_threads = torch.get_num_threads()
 
         def train_together(together: Sequence[BenchedRun]) -> None:
             def train(run: BenchedRun) -> None:
-                torch.set_num_threads(num_threads)
-                stream = torch.cuda.stream(torch.cuda.Stream(self.device)) if self.is_gpu else contextlib.nullcontext()
-                with stream:
+                with torch.cuda.stream(torch.cuda.Stream(self.device)):
                     run.train(self.classes)
                     run.experiment.curves.step_losses[0].item()  # waits for this stream
 
@@ -268,7 +269,7 @@ class Bench:
 
         train_together(runs)  # warm up
         rates: dict[int, list[float]] = {count: [] for count in counts}
-        for _ in range(self.turns if self.is_gpu else 1):
+        for _ in range(self.turns):
             for count in counts:
                 rates[count].append(count / seconds(functools.partial(train_together, runs[:count]), self.device))
         rates_of_one = rates[1]
@@ -390,8 +391,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     parser.add_argument("--width", type=int, default=64, help="network_width (default 64, the paper's)")
     parser.add_argument("--batch-size", type=int, default=90, help="images per step (default 90)")
-    parser.add_argument("--classes", type=int, default=None, help="classes of the epochs timed, 450 images each (default 1 on a CPU, 20)")
-    parser.add_argument("--turns", type=int, default=None, help="turns of each variant (default 2 on a CPU, 5 on a GPU)")
+    parser.add_argument("--classes", type=int, default=None, help="classes of the epochs whose steps are timed (default 1 on a CPU, 20)")
+    parser.add_argument("--turns", type=int, default=None, help="turns of each variant (default 8 on a CPU, 5 on a GPU)")
     parser.add_argument("--compile", action="store_true", help="add a row with compile_network=true; compiling takes minutes")
     parser.add_argument("--profile", action="store_true", help="add a table of what a step's time goes into")
     parser.add_argument("--released", type=Path, metavar="PATH", help="a checkout of the released code, to time its training loop too")
@@ -429,7 +430,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tables.setdefault(step_header, []).extend(bench.step_rows())
             epoch_rows, training = bench.epochs()
             tables.setdefault(("precision", "epoch or run", "training", "evaluation", "evaluation's share"), []).extend(epoch_rows)
-            tables.setdefault(("precision", "side by side", "images/s", "over one run"), []).extend(bench.side_by_side())
+            if device.type == "cuda":
+                tables.setdefault(("precision", "side by side", "images/s", "over one run"), []).extend(bench.side_by_side())
             if parsed.profile:
                 tables.setdefault(("precision", "slowest operations", "ms/step", "share"), []).extend(bench.profile())
             if released is not None and precision != "bf16":  # the released code has no bf16

@@ -65,7 +65,7 @@ def test_the_tables_have_all_rows_and_their_numbers_add_up(capsys, checkout):
     hours, unit = projected[2].split()
     assert float(hours) * {"h": 3600, "min": 60}[unit] == pytest.approx(210_000 * float(measured[2].split()[0]), rel=0.1)
     assert measured[4] == projected[4] and measured[4].endswith("%")
-    assert [row[1] for row in found["side by side"]] == ["1 run", "2 runs"] and found["side by side"][0][3] == "1.00"
+    assert "side by side" not in found  # on a GPU only
     assert any("convolution" in row[1] for row in found["slowest operations"]) and len(found["slowest operations"]) == 10
     (released,) = found["an epoch's training"]
     assert released[1:3] == ["5 classes", "100.00 s"]
