@@ -6,9 +6,9 @@
     python bench.py --profile                    # and what a step's time goes into
 
 Images are the built-in ones. Nothing is simplified: an epoch is that of a run, with its order, augmentation, resets or noise and metrics,
-and evaluation as a run does it. The variants take turns, and tables show medians over the turns, so that a machine whose speed drifts
-slows all of them alike. The bare loop is forward, loss, backward and torch.optim.SGD on one fixed batch, channels-last; on a GPU it is
-replayed from a CUDA graph too, and waits for nothing.
+and evaluation as a run does it. The variants take turns, and tables show the fastest turn of each: what else a machine does only slows.
+The bare loop is forward, loss, backward and torch.optim.SGD on one fixed batch, channels-last; on a GPU it is replayed from a CUDA graph
+too, and waits for nothing.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -162,7 +161,7 @@ class Bench:
     def __init__(self, held: contextlib.ExitStack, device: torch.device, precision: str, parsed: argparse.Namespace):
         self.held, self.device, self.precision = held, device, precision
         self.is_gpu = device.type == "cuda"
-        self.batch_size, self.turns = parsed.batch_size, parsed.turns or (5 if self.is_gpu else 8)
+        self.batch_size, self.turns = parsed.batch_size, parsed.turns or (5 if self.is_gpu else 10)
         self.settings = {
             "device": str(device),
             "precision": precision,
@@ -208,14 +207,13 @@ class Bench:
                 times[name].append(seconds(epoch, self.device) / num_steps)
         rows = []
         for name, values in times.items():
-            step = statistics.median(values)
-            # The ratio of each turn's neighbours, so that drift cancels.
-            over = [statistics.median(mine / other for mine, other in zip(values, times[to], strict=True)) for to in ("bare loop", BASE)]
+            step = min(values)
+            over = [step / min(times[to]) for to in ("bare loop", BASE)]
             parts = ["", "", ""]
             if name in ALGORITHMS:
                 data = self.seconds_of(runs[name].transform) / STEPS_PER_CHUNK[self.device.type]
                 # On a GPU, what the host does meanwhile costs nothing: there, it is what a step takes longer than the base system's.
-                longer = statistics.median(mine - base for mine, base in zip(values, times[BASE], strict=True))
+                longer = step - min(times[BASE])
                 reset = longer if self.is_gpu else self.seconds_of(runs[name].reset)
                 parts = [f"{1000 * part:.2f}" for part in (data, step - data - reset, reset)]
             rows.append([self.precision, name, f"{1000 * step:.2f}", f"{self.batch_size / step:,.0f}", *parts, *(f"{o:.3f}" for o in over)])
@@ -224,7 +222,7 @@ class Bench:
     def seconds_of(self, part: Callable[[int], None]) -> float:
         """Seconds of one repetition of a part of a step, alone."""
         repeats = 50 if self.is_gpu else 5
-        return statistics.median(seconds(functools.partial(part, repeats), self.device) / repeats for _ in range(3))
+        return min(seconds(functools.partial(part, repeats), self.device) / repeats for _ in range(3))
 
     def epochs(self) -> tuple[list[list[str]], dict[int, float]]:
         """Rows of the table of epochs with the projection to a full run, and the seconds of training an epoch by number of classes."""
@@ -235,8 +233,8 @@ class Bench:
         for classes in num_classes:
             run.evaluate(classes)  # warm up
             turns = range(self.turns)
-            training[classes] = repeats * statistics.median(seconds(functools.partial(run.train, classes), self.device) for _ in turns)
-            evaluation[classes] = statistics.median(seconds(functools.partial(run.evaluate, classes), self.device) for _ in turns)
+            training[classes] = repeats * min(seconds(functools.partial(run.train, classes), self.device) for _ in turns)
+            evaluation[classes] = min(seconds(functools.partial(run.evaluate, classes), self.device) for _ in turns)
         rows = [
             [
                 self.precision,
@@ -272,14 +270,13 @@ class Bench:
         for _ in range(self.turns):
             for count in counts:
                 rates[count].append(count / seconds(functools.partial(train_together, runs[:count]), self.device))
-        rates_of_one = rates[1]
         images = self.first.num_steps(self.classes) * self.batch_size
         return [
             [
                 self.precision,
                 f"{count} run{'s' * (count > 1)}",
-                f"{images * statistics.median(values):,.0f}",
-                f"{statistics.median(value / one for value, one in zip(values, rates_of_one, strict=True)):.2f}",
+                f"{images * max(values):,.0f}",
+                f"{max(values) / max(rates[1]):.2f}",
             ]
             for count, values in rates.items()
         ]
@@ -392,7 +389,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=64, help="network_width (default 64, the paper's)")
     parser.add_argument("--batch-size", type=int, default=90, help="images per step (default 90)")
     parser.add_argument("--classes", type=int, default=None, help="classes of the epochs whose steps are timed (default 1 on a CPU, 20)")
-    parser.add_argument("--turns", type=int, default=None, help="turns of each variant (default 8 on a CPU, 5 on a GPU)")
+    parser.add_argument("--turns", type=int, default=None, help="turns of each variant (default 10 on a CPU, 5 on a GPU)")
     parser.add_argument("--compile", action="store_true", help="add a row with compile_network=true; compiling takes minutes")
     parser.add_argument("--profile", action="store_true", help="add a table of what a step's time goes into")
     parser.add_argument("--released", type=Path, metavar="PATH", help="a checkout of the released code, to time its training loop too")
