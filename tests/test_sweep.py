@@ -155,6 +155,13 @@ def started_runs(output: str) -> list[str]:
     return re.findall(r"started   (\S+ index \d+)", output)
 
 
+def has_pending(process, number):
+    """Whether a signal waits for a process that stands still (Linux)."""
+    status = Path(f"/proc/{process}/status").read_text()
+    pending = re.findall(r"^(?:SigPnd|ShdPnd):\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in pending)
+
+
 def test_ctrl_c_and_the_same_command_again(tmp_path, sweep, script):
     """5 configs x 3 indices on two cores: all stop with checkpoints, the rest is run afterwards, nothing is run twice."""
     arguments = ["--configs", *config_files(tmp_path, *ALGORITHMS, num_tasks=2, epochs_per_task=3), "--indices", "0-2"]
@@ -164,8 +171,13 @@ def test_ctrl_c_and_the_same_command_again(tmp_path, sweep, script):
     first.wait_for("finished ", 5)
     first.wait_for("started ", 7)
     name, index = started_runs(first.output())[6].split(" index ")
-    wait_until(lambda: RunFiles(tmp_path / "results" / name, int(index)).load_progress().get("epoch"))
+    files = RunFiles(tmp_path / "results" / name, int(index))
+    wait_until(files.load_progress)
+    running = files.load_progress()["process"]
+    os.kill(running, signal.SIGSTOP)  # it is soon over: it shall not be before it is asked to stop
     first.send(signal.SIGINT)
+    wait_until(lambda: has_pending(running, signal.SIGINT))
+    os.kill(running, signal.SIGCONT)
     assert first.wait() == 130, first.output()
     finished = re.findall(r"finished  (\S+ index \d)", first.output())
     stopped = dict(re.findall(r"stopped   (\S+ index \d) (after epoch \d+|before its first checkpoint)", first.output()))
