@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from incremental_cifar.cifar100 import ImageSet, load_images
 from incremental_cifar.command_line import OneLineArgumentParser, StopRequest, parse_indices, run_script, show_error, stop_requests, warn
-from incremental_cifar.config import FREE_KEYS, Config, UserError, differing_keys, load_config, make_config
+from incremental_cifar.config import FREE_KEYS, MOST_RUNS_PER_GPU, Config, UserError, check_same_settings, load_config, make_config
 from incremental_cifar.continual_backprop import ContinualBackprop
 from incremental_cifar.cuda_graphs import Recorded
 from incremental_cifar.learning_curves import STEPS_PER_WINDOW, LearningCurves
@@ -62,9 +62,6 @@ RUNNER_KEYS = {"index", "verbose", "debug", "plot_results", "runs", "relevant_pa
 
 # A training image costs a forward pass and a backward pass of twice its work; an evaluated image, a forward pass.
 WORK_PER_TRAINING_IMAGE = 3
-
-# PyTorch has 32 streams to give to a process, and a run takes three; two runs that shared one would not be exact any more.
-MOST_RUNS_PER_GPU = 10
 
 SECONDS_BETWEEN_REPORTS = 1.0  # at least, of the file that says how far a run is
 
@@ -200,12 +197,7 @@ class IncrementalCIFARExperiment(Experiment):
 
     def check_stored_config(self) -> None:
         """Raise UserError if the stored run was started with settings that can give other results."""
-        stored = self.files.load_config()
-        if stored is not None and (keys := differing_keys(stored, self.config)):
-            differences = ", ".join(f"{key} ({getattr(stored, key)} there, {getattr(self.config, key)} here)" for key in keys)
-            raise UserError(
-                f"{self.files.config_file}: this run was started with other settings: {differences}; use those, or another experiment_name"
-            )
+        check_same_settings(self.files.load_config(), self.config, self.files.config_file)
 
     # --- Before the first epoch --------------------------------------------------------------------------------------------------
 
@@ -553,7 +545,7 @@ def run_side_by_side(experiments: Sequence[IncrementalCIFARExperiment]) -> int:
         torch.set_num_threads(num_threads)
         stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
         try:
-            with stream:
+            with held[experiment.run_index], stream:
                 experiment.train_to_the_end(stop)
         except (UserError, OSError) as error:
             report(experiment, error)
@@ -569,13 +561,14 @@ def run_side_by_side(experiments: Sequence[IncrementalCIFARExperiment]) -> int:
             f"--experiment-index: {len(experiments)} runs; at most {MOST_RUNS_PER_GPU} can share a GPU in one process; start another one"
         )
     num_threads = torch.get_num_threads()
-    with stop_requests() as stop, contextlib.ExitStack() as held:
+    with stop_requests() as stop, contextlib.ExitStack() as everything:
         ready: list[IncrementalCIFARExperiment] = []
+        held = {experiment.run_index: everything.enter_context(contextlib.ExitStack()) for experiment in experiments}
         for experiment in experiments:
             experiment.place, experiment.prefix = len(ready), f"index {experiment.run_index}: "
             try:
                 # One after the other, before any trains: nothing else may happen on a GPU while a CUDA graph is recorded.
-                if experiment.prepare(held, images_of=ready[0] if ready else None):
+                if experiment.prepare(held[experiment.run_index], images_of=ready[0] if ready else None):
                     ready.append(experiment)
             except (UserError, OSError) as error:
                 report(experiment, error)

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from incremental_cifar.command_line import OneLineArgumentParser, parse_indices, run_script, warn
-from incremental_cifar.config import UserError
+from incremental_cifar.config import MOST_RUNS_PER_GPU, UserError
 from incremental_cifar.safe_files import lock
 from incremental_cifar.sweep_after import KEEP, STEPS, do_steps, tidy
-from incremental_cifar.sweep_local import Display, Workers, find_places, report_failures, run_all
+from incremental_cifar.sweep_local import Display, Place, Workers, find_places, report_failures, run_all
 from incremental_cifar.sweep_plan import Experiment, checkpoints_bytes, freeze_config, make_jobs, models_bytes, plan
 from incremental_cifar.sweep_slurm import after_text, check_slurm, parse_request, queued_runs, submit
 from incremental_cifar.sweep_status import (
@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return show_plan(experiments, parsed)
     if request is not None:
         check_slurm()
+    else:
+        check_places(experiments, parsed)
     with sweep_locks(experiments):
         queue = queued_runs(experiments)
         statuses = read_statuses(experiments, queue)
@@ -114,6 +116,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     is_local = parsed.cluster == "local"
     if out_of_place := [option for option, value in (slurm_options if is_local else local_options).items() if value]:
         raise UserError(f"{out_of_place[0]}: belongs to --cluster {'slurm' if is_local else 'local'}")
+    for option, value in (("--runs-per-gpu", parsed.runs_per_gpu), ("--runs-per-job", parsed.runs_per_job)):
+        if value is not None and value > MOST_RUNS_PER_GPU:
+            raise UserError(f"{option}: got {value}; at most {MOST_RUNS_PER_GPU} runs can share a GPU in one process")
     numbers = {"--runs-per-gpu": 1, "--cores-per-run": 1, "--runs-per-job": 1, "--signal-before": 1, "--retries": 0}
     for option, least in numbers.items():
         value = getattr(parsed, option.removeprefix("--").replace("-", "_"))
@@ -152,11 +157,17 @@ def fetch_data(experiments: Sequence[Experiment]) -> None:
 # --- On this machine -------------------------------------------------------------------------------------------------------------
 
 
-def sweep_here(experiments: Sequence[Experiment], statuses: Sequence[Status], parsed: argparse.Namespace) -> int:
-    """Run everything on this machine's GPUs or cores, then the steps that follow; return the exit status. Raises UserError."""
+def check_places(experiments: Sequence[Experiment], parsed: argparse.Namespace) -> list[Place]:
+    """The GPUs or cores to run on. Raises UserError."""
     places = find_places(experiments, parsed.gpus, parsed.cores_per_run)
     if parsed.runs_per_gpu > 1 and not places[0].name.startswith("GPU"):
         raise UserError("--runs-per-gpu: these runs use no GPU")
+    return places
+
+
+def sweep_here(experiments: Sequence[Experiment], statuses: Sequence[Status], parsed: argparse.Namespace) -> int:
+    """Run everything on this machine's GPUs or cores, then the steps that follow; return the exit status. Raises UserError."""
+    places = check_places(experiments, parsed)
     display = Display(sys.stdout)
     with Workers(places, display) as workers:
         outcome = run_all(

@@ -106,6 +106,9 @@ class Config:
         return dataclasses.asdict(self)
 
 
+# In one process: PyTorch has 32 streams to give to it, and a run takes three; two runs that shared one would not be exact any more.
+MOST_RUNS_PER_GPU = 10
+
 # Keys that may change between the start of a run and its resumption, since they cannot change the results (of the device, the
 # last bits: resuming elsewhere is allowed, with a warning).
 FREE_KEYS = frozenset({"data_path", "results_dir", "experiment_name", "num_workers", "checkpoint_save_frequency", "device", "cuda_graphs"})
@@ -229,6 +232,13 @@ def make_config(settings: dict[str, Any], source: str, experiment_name: str = "e
 def differing_keys(stored: Config, config: Config) -> list[str]:
     """Keys that can change results and differ between the config a run was started with and the present one."""
     return [key for key in FIELDS if key not in FREE_KEYS and getattr(stored, key) != getattr(config, key)]
+
+
+def check_same_settings(stored: Config | None, config: Config, where: Path) -> None:
+    """Raise UserError if `stored`, which stands in the file `where`, can give other results than `config`; None agrees with all."""
+    if stored is not None and (keys := differing_keys(stored, config)):
+        differences = ", ".join(f"{key} ({getattr(stored, key)} there, {getattr(config, key)} here)" for key in keys)
+        raise UserError(f"{where}: this run was started with other settings: {differences}; use those, or another experiment_name")
 
 
 def read_json(path: Path) -> dict[str, Any]:

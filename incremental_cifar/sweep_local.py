@@ -27,6 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple
 
+from incremental_cifar.command_line import SECONDS_OF_ONE_SIGNAL
 from incremental_cifar.config import UserError
 from incremental_cifar.safe_files import lock_holder
 from incremental_cifar.sweep_plan import Experiment, Job, indices_text, make_jobs
@@ -46,7 +47,9 @@ from incremental_cifar.sweep_status import (
     read_status,
     seconds_left,
     status_table,
+    sweep_lock_file,
     update_record,
+    working_process,
     write_heading,
 )
 
@@ -104,7 +107,8 @@ def find_places(experiments: Sequence[Experiment], gpus: str | None, cores_per_r
         if cores_per_run is not None:
             raise UserError("--cores-per-run: these runs use GPUs; for cores: --set device=cpu")
         threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores // len(present)))}
-        return [Place(f"GPU {name}", {"CUDA_VISIBLE_DEVICES": name, **threads}) for name in present]
+        order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # that of nvidia-smi
+        return [Place(f"GPU {name}", {"CUDA_VISIBLE_DEVICES": name, **order, **threads}) for name in present]
     if "cuda" in devices:
         raise UserError(f'{devices["cuda"].source}: device is "cuda", but there is no GPU here; set device=cpu')
     wanted = 1 if cores_per_run is None else cores_per_run
@@ -208,6 +212,7 @@ class Workers:
         self.adopted: dict[int, str] = {}  # processes of an earlier sweep, and the names of their places
         self._processes: dict[subprocess.Popen, Place] = {}
         self._asked: set[int] = set()
+        self._first_signal_at = 0.0
         self._events: queue.SimpleQueue[tuple[subprocess.Popen, Ended] | None] = queue.SimpleQueue()  # may be filled by a signal handler
         self._previous: dict[int, object] = {}
 
@@ -271,6 +276,10 @@ class Workers:
         return ended
 
     def _note_signal(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if self.signals and number != signal.SIGINT and now - self._first_signal_at < SECONDS_OF_ONE_SIGNAL:
+            return  # the same request, sent twice
+        self._first_signal_at = self._first_signal_at or now
         self.signals.append(number)
         self._events.put(None)
 
@@ -333,8 +342,10 @@ class _Runs:
         self.statuses: dict[Run, Status] = {(status.experiment, status.index): status for status in statuses}
         self.workers, self.display = workers, workers.display
         self.runs_per_job, self.retries, self.measured, self.on_finish = runs_per_job, retries, measured, on_finish
-        self.failures: collections.Counter[Run] = collections.Counter()
+        self.failures: collections.Counter[Run] = collections.Counter()  # in a row
+        self.failed_at: dict[Run, int | None] = {}  # the epoch of the newest checkpoint, at the last failure
         self.failed: dict[Run, str] = {}
+        self.me = next((lock_holder(sweep_lock_file(experiment)) for experiment, _ in self.statuses), None)  # as the sweep's lock has it
         self.jobs: dict[Path, Job] = {}  # those in a process, by their logs
         self.place_of: dict[Run, str] = {}
         self.elsewhere: list[Run] = []  # what other processes than ours work on
@@ -381,7 +392,7 @@ class _Runs:
         for experiment, index in runs:
             failures = self.failures[experiment, index]
             log = read_record(experiment, index).get("log")
-            new_record(experiment, index, is_waiting=True, failures=failures, log=log)
+            self._note((experiment, index), new_record, is_waiting=self.me, failures=failures, log=log)
             self._set((experiment, index), self.statuses[experiment, index]._replace(state=QUEUED, seconds_left=None, note=""))
 
     def _start(self, job: Job, place: Place) -> None:
@@ -395,9 +406,8 @@ class _Runs:
         self.jobs[task.log] = job
         log = os.path.relpath(job.log, job.experiment.folder)
         for index in job.indices:
-            update_record(
-                job.experiment,
-                index,
+            self._note(
+                (job.experiment, index),
                 is_waiting=False,
                 log=log,
                 host=socket.gethostname(),
@@ -425,10 +435,15 @@ class _Runs:
             elif was_asked:
                 self._stop(run, ended)
             else:
+                checkpoints = job.experiment.files(index).checkpoints()
+                epoch = checkpoints[-1][0] if checkpoints else None
+                if self.failed_at.get(run) != epoch:  # it has come further since
+                    self.failures[run] = 0
+                self.failed_at[run] = epoch
                 self.failures[run] += 1
                 reason = status_text(ended.status) if ended.status else "ended without an error, but not finished"
                 if self.failures[run] <= self.retries:
-                    update_record(*run, failures=self.failures[run], reason=reason)
+                    self._note(run, failures=self.failures[run], reason=reason)
                     again.append(run)
                 else:
                     self._fail(run, reason)
@@ -439,14 +454,14 @@ class _Runs:
 
     def _finish(self, run: Run, ended: Ended | None) -> None:
         experiment, index = run
-        new_record(experiment, index, log=read_record(experiment, index).get("log"))
+        self._note(run, new_record, log=read_record(experiment, index).get("log"))
         self.on_finish(experiment, index)
         self._look(run, is_finished=True)
         seconds = f" after {duration_text(ended.seconds)}" if ended else ""
         self.display.say(f"finished  {experiment.name} index {index}{seconds}")
 
     def _stop(self, run: Run, ended: Ended) -> None:
-        update_record(*run, reason=status_text(ended.status))
+        self._note(run, reason=status_text(ended.status))
         self._look(run)
         epoch = self.statuses[run].epoch
         where = f"after epoch {epoch}" if epoch else "before its first checkpoint"
@@ -455,9 +470,14 @@ class _Runs:
     def _fail(self, run: Run, reason: str) -> None:
         experiment, index = run
         self.failed[run] = reason
-        update_record(experiment, index, is_waiting=False, has_failed=True, failures=self.failures[run], reason=reason)
+        self._note(run, is_waiting=False, has_failed=True, failures=self.failures[run], reason=reason)
         self._look(run)
         self.display.say(f"gave up   {experiment.name} index {index}: {self.statuses[run].note}")
+
+    def _note(self, run: Run, record: Callable[..., None] = update_record, **content: object) -> None:
+        """Note something about a run for `--status`; on a full disk the sweep goes on without, since it knows it itself."""
+        with contextlib.suppress(UserError):
+            record(*run, **content)
 
     # --- what others work on ---
 
@@ -466,7 +486,7 @@ class _Runs:
         experiment, index = run
         self.elsewhere.append(run)
         record = read_record(experiment, index)
-        holder = lock_holder(experiment.files(index).lock_file) or ""
+        holder = working_process(experiment, index) or ""
         process = record.get("process")
         if record.get("host") == socket.gethostname() and holder.startswith(f"host {record['host']}, process {process},"):
             self.workers.adopted[process] = str(record.get("place"))
@@ -476,7 +496,7 @@ class _Runs:
         again = []
         for run in list(self.elsewhere):
             experiment, index = run
-            if lock_holder(experiment.files(index).lock_file) is not None:
+            if working_process(experiment, index) is not None:
                 continue
             self.elsewhere.remove(run)
             if index in experiment.files(index).finished_indices():
@@ -534,7 +554,12 @@ def run_tasks(tasks: Sequence[Task], workers: Workers) -> list[Ended]:
     while True:
         for place in workers.free_places():
             if waiting and workers.stop_signal is None:
-                workers.start(waiting.popleft(), place)
+                task = waiting.popleft()
+                try:
+                    workers.start(task, place)
+                except OSError as error:
+                    workers.display.say(f"cannot start {task.name} ({error})")
+                    ended.append(Ended(task, place, 1, 0.0))
         if not workers.num_running:
             return ended
         workers.display.show(lambda height, width: [f"{len(ended)} of {len(tasks)} done"], lambda: f"{len(ended)} of {len(tasks)} done")

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from incremental_cifar.config import FREE_KEYS, REPOSITORY, Config, UserError, differing_keys, load_config
+from incremental_cifar.config import FREE_KEYS, REPOSITORY, Config, UserError, check_same_settings, load_config, make_config, read_stored
 from incremental_cifar.run_files import RunFiles
 from incremental_cifar.safe_files import write_file
 
@@ -105,7 +105,9 @@ def plan(configs: Sequence[str], overrides: Sequence[str], grids: Sequence[str],
     _check_names(experiments)
     for experiment in experiments:
         for index in indices:
-            _check_stored_config(experiment, index)
+            files = experiment.files(index)
+            check_same_settings(files.load_config(), experiment.config, files.config_file)
+        _check_frozen_config(experiment)
     return experiments
 
 
@@ -170,15 +172,12 @@ def _check_names(experiments: Sequence[Experiment]) -> None:
         by_settings[key] = experiment
 
 
-def _check_stored_config(experiment: Experiment, index: int) -> None:
-    """Raise UserError if this run was started with settings that can give other results: it would refuse to go on."""
-    files = experiment.files(index)
-    stored = files.load_config()
-    if stored is not None and (keys := differing_keys(stored, experiment.config)):
-        differences = ", ".join(f"{key} ({getattr(stored, key)} there, {getattr(experiment.config, key)} here)" for key in keys)
-        raise UserError(
-            f"{files.config_file}: this run was started with other settings: {differences}; use those, or another experiment_name"
-        )
+def _check_frozen_config(experiment: Experiment) -> None:
+    """Raise UserError if an earlier sweep of this experiment had other settings: runs that it queued may not have started yet."""
+    frozen = read_stored(experiment.config_file)
+    if frozen is not None:
+        stored = make_config(frozen, source=str(experiment.config_file))
+        check_same_settings(stored, experiment.config, experiment.config_file)
 
 
 def freeze_config(experiment: Experiment) -> None:

@@ -10,8 +10,10 @@ A record per run, `sweep/index-K.json`, adds what only the sweep knows: that it 
 import collections
 import contextlib
 import datetime
+import json
 import os
 import re
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
@@ -19,8 +21,8 @@ from typing import IO, Any, NamedTuple, Protocol
 import numpy as np
 
 from incremental_cifar.config import Config
-from incremental_cifar.safe_files import lock_holder, read_note, write_note
-from incremental_cifar.sweep_plan import Experiment
+from incremental_cifar.safe_files import lock_holder, read_note, write_file
+from incremental_cifar.sweep_plan import EXPERIMENT_SCRIPT, Experiment
 
 FINISHED, RUNNING, QUEUED, FAILED, STOPPED, NEVER = "finished", "running", "queued", "failed", "stopped", "never started"
 STATES = (FINISHED, RUNNING, QUEUED, FAILED, STOPPED, NEVER)
@@ -64,12 +66,33 @@ def read_record(experiment: Experiment, index: int) -> dict[str, Any]:
 
 
 def update_record(experiment: Experiment, index: int, **changes: Any) -> None:
-    write_note(record_file(experiment, index), read_record(experiment, index) | changes)
+    """Change what is noted about a run. Raises UserError if it cannot be written."""
+    new_record(experiment, index, **read_record(experiment, index) | changes)
 
 
 def new_record(experiment: Experiment, index: int, **content: Any) -> None:
-    """Begin anew, with what is left to this run's earlier sweeps forgotten."""
-    write_note(record_file(experiment, index), content)
+    """Forget what is left of this run's earlier sweeps, and note this. Raises UserError if it cannot be written."""
+    write_file(record_file(experiment, index), (json.dumps(content) + "\n").encode())
+
+
+def working_process(experiment: Experiment, index: int) -> str | None:
+    """Who works on a run: the holder of its lock, or the process that a sweep on this machine has just started for it; else None."""
+    holder = lock_holder(experiment.files(index).lock_file)
+    if holder is not None:
+        return holder
+    record = read_record(experiment, index)
+    host, process = record.get("host"), record.get("process")
+    if host == socket.gethostname() and isinstance(process, int) and _is_our_script(process):
+        return f"host {host}, process {process}, starting"
+    return None
+
+
+def _is_our_script(process: int) -> bool:
+    """Whether a process of this machine runs the experiment's script, and is not an ended one's successor in its number (Linux)."""
+    try:
+        return EXPERIMENT_SCRIPT.name.encode() in Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 # --- The state of a run ----------------------------------------------------------------------------------------------------------
@@ -109,7 +132,9 @@ def read_status(
         return Status(experiment, index, FINISHED, config.num_epochs, _number(progress.get("test_accuracy")), 0.0)
     checkpoints = files.checkpoints()
     epoch = checkpoints[-1][0] if checkpoints else None
-    holder = lock_holder(files.lock_file)
+    holder = working_process(experiment, index)
+    if holder is None and index in files.finished_indices():  # finished since the list was read
+        return Status(experiment, index, FINISHED, config.num_epochs, _number(progress.get("test_accuracy")), 0.0)
     if holder is not None:
         host, process = _host_and_process(holder)
         where = f"{host}, process {process}" if process else holder
@@ -125,7 +150,7 @@ def read_status(
     if queue and (job := queue.get((experiment, index))):
         state, note = (RUNNING, f"job {job.text}, starting") if job.has_started else (QUEUED, f"job {job.text}")
         return Status(experiment, index, state, epoch, accuracy, note=note)
-    if record.get("is_waiting") and sweep is not None:
+    if sweep is not None and record.get("is_waiting") == sweep:
         return Status(experiment, index, QUEUED, epoch, accuracy, note=f"by {sweep.rpartition(', since ')[0] or sweep}")
     state = STOPPED if epoch is not None or record.get("log") else NEVER
     note = "its job was killed" if record.get("is_running") else str(record.get("reason", ""))

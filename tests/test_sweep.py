@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -21,13 +22,35 @@ from conftest import ALGORITHMS, REPOSITORY, everything_in, processes, stored_re
 import run_sweep
 from incremental_cifar import sweep_local
 from incremental_cifar.command_line import run_script
-from incremental_cifar.config import Config
+from incremental_cifar.config import Config, UserError
 from incremental_cifar.resnet import build_network
 from incremental_cifar.run_files import RunFiles
 from incremental_cifar.safe_files import lock, lock_holder
-from incremental_cifar.sweep_plan import Experiment, Job, grid_points, indices_text, make_jobs, model_bytes, num_parameters, plan
+from incremental_cifar.sweep_local import Display, Workers
+from incremental_cifar.sweep_plan import (
+    Experiment,
+    Job,
+    freeze_config,
+    grid_points,
+    indices_text,
+    make_jobs,
+    model_bytes,
+    num_parameters,
+    plan,
+)
 from incremental_cifar.sweep_slurm import JobSignals, _run_once, parse_request
-from incremental_cifar.sweep_status import FINISHED, NEVER, QUEUED, RUNNING, Status, duration_text, seconds_left, status_table
+from incremental_cifar.sweep_status import (
+    FINISHED,
+    NEVER,
+    QUEUED,
+    RUNNING,
+    Status,
+    duration_text,
+    new_record,
+    read_status,
+    seconds_left,
+    status_table,
+)
 
 BASE = "base_deep_learning_system"
 
@@ -467,3 +490,56 @@ def test_holders_of_locks(tmp_path):
     assert lock_holder(path) is None
     path.write_text(f"host {os.uname().nodename}, process {os.getpid()}, since long ago")  # of a killed process; its number is taken again
     assert lock_holder(path) is None
+
+
+def test_other_settings_than_those_of_runs_that_may_still_wait_are_refused(tmp_path):
+    (source,) = config_files(tmp_path, ALGORITHMS[0])
+    (experiment,) = plan([source], [], [], [0])
+    freeze_config(experiment)
+    assert plan([source], ["device=cpu"], [], [1])  # what changes no result may change
+    with pytest.raises(
+        UserError, match=r"config\.json: this run was started with other settings: stepsize \(0\.1 there, 0\.2 here\)"
+    ):
+        plan([source], ["stepsize=0.2"], [], [1])
+
+
+def test_a_run_whose_process_has_not_got_its_lock_yet_is_running(tmp_path):
+    (experiment,) = plan(config_files(tmp_path, ALGORITHMS[0]), [], [], [0])
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "incremental_cifar_experiment.py"])
+    try:
+        new_record(experiment, 0, host=socket.gethostname(), process=process.pid)
+        wait_until(lambda: read_status(experiment, 0, is_finished=False).state == RUNNING)
+        assert read_status(experiment, 0, is_finished=False).note.endswith(f"process {process.pid}, starting")
+    finally:
+        process.kill()
+        process.wait()
+    assert read_status(experiment, 0, is_finished=False).state == NEVER
+    new_record(experiment, 0, host=socket.gethostname(), process=os.getpid())  # another program with the number of the ended one
+    assert read_status(experiment, 0, is_finished=False).state == NEVER
+
+
+def test_runs_that_wait_do_so_for_the_sweep_that_queued_them(tmp_path):
+    (experiment,) = plan(config_files(tmp_path, ALGORITHMS[0]), [], [], [0])
+    new_record(experiment, 0, is_waiting="host a, process 1, since then")
+    assert read_status(experiment, 0, is_finished=False, sweep="host a, process 1, since then").state == QUEUED
+    assert read_status(experiment, 0, is_finished=False, sweep="host a, process 2, since now").state == NEVER
+
+
+def test_a_sigterm_that_comes_twice_at_once_stops_and_does_not_kill(monkeypatch):
+    clock = [50.0]
+    monkeypatch.setattr(sweep_local.time, "monotonic", lambda: clock[0])
+    workers = Workers([], Display(io.StringIO()))
+    for seconds in (0, 0.001, 1.5):
+        clock[0] = 50.0 + seconds
+        workers._note_signal(signal.SIGTERM, None)
+    assert workers.signals == [signal.SIGTERM]
+    workers._note_signal(signal.SIGINT, None)
+    assert workers.signals == [signal.SIGTERM, signal.SIGINT]
+
+
+def test_a_record_that_cannot_be_written_is_one_line(tmp_path):
+    (experiment,) = plan(config_files(tmp_path, ALGORITHMS[0]), [], [], [0])
+    experiment.folder.parent.mkdir(parents=True, exist_ok=True)
+    experiment.folder.write_text("in the way")
+    with pytest.raises(UserError, match="cannot write"):
+        new_record(experiment, 0, is_waiting="me")
