@@ -7,18 +7,22 @@ submitit writes the batch script and starts `run_indices` in each job, which sta
 
 - before the time limit (Slurm's SIGUSR1), or when the job is pre-empted (SIGTERM), the runs stop with a checkpoint;
 - a job that ran into its limit is queued again (`scontrol requeue`), as Slurm itself does with one that was pre-empted;
-- a run that fails is tried again, at once and in the same job.
+- a run that fails is tried again, at once and in the same job; if that gets it no further, it is given up.
 
 If that process is killed too, the batch script queues the job again. Slurm sends its signals to all processes of a job, some of them twice,
 and the experiment takes a second one as "at once": so its child does not hear them, and gets a single SIGINT instead.
 
 Which runs a job has is known before it is submitted: the sweep writes the job's name and the task's number into the runs' records, and
-compares them with `squeue`. So whatever happens in between, nothing that is queued is submitted again.
+compares them with `squeue`. So whatever happens in between, nothing that is queued is submitted again; and a job leaves alone what a later
+submission has given to another.
 """
 
 import contextlib
 import ctypes
+import datetime
+import functools
 import io
+import json
 import math
 import os
 import re
@@ -30,16 +34,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from incremental_cifar.command_line import warn
 from incremental_cifar.config import REPOSITORY, UserError, load_config
-from incremental_cifar.safe_files import lock_holder, read_note, write_note
-from incremental_cifar.sweep_after import do_steps, tidy
+from incremental_cifar.safe_files import lock_holder, read_note, write_file, write_note
+from incremental_cifar.sweep_after import KEEP, STEPS, do_steps, is_analysed, tidy
 from incremental_cifar.sweep_local import Display, Place, Workers, is_asked_to_stop, status_text
-from incremental_cifar.sweep_plan import Experiment, Job, make_jobs
+from incremental_cifar.sweep_plan import Experiment, Job, freeze_config, make_jobs
 from incremental_cifar.sweep_status import (
     FINISHED,
     QUEUED,
@@ -57,22 +61,31 @@ from incremental_cifar.sweep_status import (
 )
 
 DEFAULT_MINUTES = 240  # a job's time limit, if none is given; what is not finished by then goes on in the next one
-# What of sbatch's options the sweep decides itself.
+# What of sbatch's options the sweep decides itself, since it would not work with another choice.
 OURS = {
     "array",
+    "clusters",
     "dependency",
     "error",
     "job-name",
+    "no-requeue",
     "nodes",
     "ntasks",
     "ntasks-per-node",
     "open-mode",
     "output",
+    "parsable",
+    "quiet",
     "requeue",
     "signal",
+    "test-only",
+    "wait",
+    "wrap",
 }
 NOT_HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # by the experiment in a job
 SECONDS_FOR_REQUEUE = 15  # before a job's limit: then it is queued again even if its epoch has not ended
+LEAST_SIGNAL_BEFORE = 2 * SECONDS_FOR_REQUEUE
+SECONDS_BETWEEN_REQUESTS = 5  # to a Slurm that does not answer
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends
 SECONDS_FOR_LOCKS = 120  # until a file server drops the locks of a node that has died
 KILLED = (128 + signal.SIGKILL, 128 + signal.SIGUSR1)  # exit statuses of a job's process that was killed, or warned while it started
@@ -123,13 +136,25 @@ def _last_error(text: str) -> str:
     return "; ".join(dict.fromkeys(lines[-2:])) or "failed without a message"
 
 
-def squeue() -> dict[str, list[QueuedJob]]:
-    """This user's jobs by name. Raises UserError."""
+def squeue(names: Collection[str]) -> dict[str, list[QueuedJob]]:
+    """The jobs of these names that have not ended, whoever submitted them. Raises UserError."""
     jobs: dict[str, list[QueuedJob]] = {}
-    for line in slurm("squeue", f"--user={os.getuid()}", "--array", "--noheader", "--format=%i|%T|%r|%j").splitlines():
-        number, state, reason, name = line.strip().split("|", 3)
+    if not names:
+        return jobs
+    for line in slurm("squeue", f"--name={','.join(sorted(names))}", "--array", "--noheader", "--format=%i|%T|%r|%e|%j").splitlines():
+        number, state, reason, end, name = line.strip().split("|", 4)
+        # Both a job that was cancelled and one that is queued again are "completing" for a while; the end of the second is to come.
+        if state == "COMPLETING" and reason != "TimeLimit" and _is_over(end):
+            continue
         jobs.setdefault(name, []).append(QueuedJob(number, state.lower(), "" if reason == "None" else reason))
     return jobs
+
+
+def _is_over(time_text: str) -> bool:
+    try:
+        return datetime.datetime.fromisoformat(time_text) <= datetime.datetime.now()
+    except ValueError:  # "N/A", or as SLURM_TIME_FORMAT has it
+        return False
 
 
 def check_slurm() -> None:
@@ -159,15 +184,13 @@ def queued_runs(experiments: Sequence[Experiment]) -> dict[Run, QueuedJob]:
     if shutil.which("squeue") is None:
         warn(f"{len(submitted)} unfinished runs were submitted to Slurm; without squeue, it cannot be seen here whether they are queued")
         return {}
-    found = {(name, job.task): job for name, jobs in squeue().items() for job in jobs}
+    found = {(name, job.task): job for name, jobs in squeue({name for name, _ in submitted.values()}).items() for job in jobs}
     return {run: found[key] for run, key in submitted.items() if key in found}
 
 
 def requeue(job_id: str) -> None:
-    """Have Slurm queue this job again, and end it if it runs. Raises RuntimeError if Slurm refuses."""
-    completed = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True, timeout=120)
-    if completed.returncode != 0:
-        raise RuntimeError(f"job {job_id} cannot be queued again: {_last_error(completed.stderr)}")
+    """Have Slurm queue this job again, and end it if it runs. Raises UserError if Slurm refuses, or does not answer."""
+    slurm("scontrol", "requeue", job_id)
 
 
 def own_job_id() -> str:
@@ -201,6 +224,8 @@ def parse_request(texts: Sequence[str], signal_before: int) -> Request:
             raise UserError(f'--slurm: key "{key}" appears twice; keep one of them')
         options[key] = True if value == "true" else value
     minutes = _minutes(str(options.pop("time", DEFAULT_MINUTES)))
+    if signal_before < LEAST_SIGNAL_BEFORE:
+        raise UserError(f"--signal-before: got {signal_before}; it must be {LEAST_SIGNAL_BEFORE} or more, time to end an epoch in")
     if signal_before >= 60 * minutes:
         raise UserError(f"--signal-before: {signal_before} s do not fit into the jobs' time limit of {60 * minutes} s")
     jobs_at_once = options.pop("array-parallelism", None)
@@ -246,17 +271,20 @@ def submit(
         jobs = make_jobs(new, runs_per_job)
         name = f"sweep-{secrets.token_hex(4)}"
         before = {run: record_file(*run).read_bytes() if record_file(*run).exists() else None for run in new}
-        for task, job in enumerate(jobs):
-            for index in job.indices:
-                log = read_record(job.experiment, index).get("log")
-                new_record(job.experiment, index, slurm={"name": name, "task": task}, log=log)
-        calls = [(run_indices, (str(job.experiment.config_file), job.indices, retries, signal_before, keep)) for job in jobs]
+        calls = []
         try:
+            for task, job in enumerate(jobs):
+                entry = {"name": name, "task": task}
+                calls.append((run_indices, (str(job.experiment.config_file), job.indices, retries, signal_before, keep, entry)))
+                for index in job.indices:
+                    new_record(job.experiment, index, slurm=entry, log=read_record(job.experiment, index).get("log"))
             job_id = _sbatch(name, calls, _folder(jobs[0].experiment), request, signal_before, retries)
-        except BaseException:
+        except MayBeQueued:
+            raise
+        except Exception:  # not Ctrl-C: then the jobs may be queued, and are known by these records; if they are not, no harm is done
             for run, content in before.items():
-                with contextlib.suppress(OSError):
-                    record_file(*run).unlink(missing_ok=True) if content is None else record_file(*run).write_bytes(content)
+                with contextlib.suppress(OSError, UserError):
+                    record_file(*run).unlink(missing_ok=True) if content is None else write_file(record_file(*run), content)
             raise
         job_ids.add(job_id)
         print(f"Submitted {len(new)} runs in {len(jobs)} jobs: {job_id} ({name}).")
@@ -265,6 +293,10 @@ def submit(
     if steps:
         _submit_after(statuses, sorted(job_ids), request, signal_before, retries, steps, keep, is_new=bool(new))
     return 0
+
+
+class MayBeQueued(UserError):
+    """A submission went wrong, and Slurm did not say whether anything of it is queued."""
 
 
 def _folder(experiment: Experiment) -> Path:
@@ -284,9 +316,10 @@ def _sbatch(
     retries: int,
     dependency: str | None = None,
 ) -> str:
-    """Submit an array of function calls, a task each; return its number. Raises UserError if Slurm or submitit refuses.
+    """Submit an array of function calls, a task each; return its number.
 
-    What watches over a task's runs may be killed once more than `retries`, so that it comes back to say that they failed.
+    Raises UserError if Slurm or submitit refuses, and then nothing is queued; MayBeQueued if that is not known. What watches over a task's
+    runs may be killed once more than `retries`, so that it comes back to say that they failed.
     """
     import submitit
 
@@ -306,8 +339,9 @@ def _sbatch(
             "job=${job:-$SLURM_JOB_ID}",
             f"kills={shlex.quote(str(folder))}/kills-$job",
             f"case $status in {'|'.join(map(str, KILLED))})",
-            '    echo "$status" >> "$kills"',
-            f'    if [ "$(wc -l < "$kills")" -le {retries + 1} ]; then scontrol requeue "$job"; fi',
+            f'    if echo "$status" >> "$kills" && [ "$(wc -l < "$kills")" -le {retries + 1} ]; then',
+            f'        for _ in {{1..60}}; do scontrol requeue "$job" && break; sleep {SECONDS_BETWEEN_REQUESTS}; done',
+            "    fi",
             "esac",
             "exit $status",
         ],
@@ -317,16 +351,35 @@ def _sbatch(
     }
     complaints = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaints):
-            folder.mkdir(parents=True)
+        with contextlib.redirect_stderr(complaints), _outside_of_jobs():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700)  # who could write into it could have a job do anything
             executor = submitit.SlurmExecutor(folder=folder)
             executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
             with executor.batch():
                 submitted = [executor.submit(function, *arguments) for function, arguments in calls]
-    except (OSError, RuntimeError, submitit.core.utils.UncompletedJobError) as error:
+    except Exception as error:
+        is_expected = isinstance(error, (OSError, RuntimeError, submitit.core.utils.UncompletedJobError))
+        message = f"sbatch: {_last_error(str(error)) if is_expected else repr(error)}"
+        try:
+            slurm("scancel", f"--name={name}")  # Slurm may have taken it before things went wrong
+        except UserError as second:
+            raise MayBeQueued(f"{message}; and {second}; later, --status tells whether {name} is queued") from None
         shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(f"sbatch: {_last_error(str(error))}") from None
+        raise UserError(message) from None
     return submitted[0].job_id.partition("_")[0]
+
+
+@contextlib.contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """Without the variables of a job that this process may be in, which sbatch would take as wishes, or pass on to the new jobs."""
+    variables = {key: value for key, value in os.environ.items() if key.startswith("SLURM_") and key != "SLURM_CONF"}
+    for key in variables:
+        del os.environ[key]
+    try:
+        yield
+    finally:
+        os.environ.update(variables)
 
 
 # --- In a job --------------------------------------------------------------------------------------------------------------------
@@ -358,70 +411,127 @@ class JobSignals:
             self.warned_at = time.monotonic()
 
 
-def run_indices(config_file: str, indices: Sequence[int], retries: int, signal_before: int, keep: str) -> None:
+class JobRuns:
+    """Which runs are left to a job, and how often each has failed in a row.
+
+    The records have that too, for when the job is queued again; but a full disk takes no records, and must not make it try for ever.
+    """
+
+    def __init__(self, experiment: Experiment, retries: int, entry: Mapping[str, Any]):
+        self.experiment, self.retries, self.entry = experiment, retries, dict(entry)
+        records = {index: read_record(experiment, index) for index in experiment.indices}
+        self.failures = {index: int(record.get("failures", 0)) for index, record in records.items()}
+        self.epochs = {index: int(record.get("epoch_at_failure", 0)) for index, record in records.items()}
+        self.given_up = {index: str(record.get("reason")) for index, record in records.items() if record.get("has_failed")}
+
+    def unfinished(self) -> list[int]:
+        """Indices that are neither finished nor given up."""
+        return [index for index in self._left() if index not in self.given_up]
+
+    def problems(self) -> list[str]:
+        """The runs that were given up, a text each."""
+        return [f"index {index}: {self.given_up[index]}" for index in self._left() if index in self.given_up]
+
+    def _left(self) -> list[int]:
+        """Indices that are not finished, and that no later submission gave to another job."""
+        finished = self.experiment.files(0).finished_indices()
+        unfinished = [index for index in self.experiment.indices if index not in finished]
+        return [index for index in unfinished if read_record(self.experiment, index).get("slurm", self.entry) == self.entry]
+
+    def count_failure(self, index: int, reason: str) -> None:
+        epoch = self._epoch(index)
+        self.failures[index] = 1 if epoch > self.epochs[index] else self.failures[index] + 1
+        self.epochs[index] = epoch
+        if has_failed := self.failures[index] > self.retries:
+            self.given_up[index] = reason
+        changes = {"failures": self.failures[index], "epoch_at_failure": epoch, "has_failed": has_failed, "reason": reason}
+        _note(self.experiment, index, is_running=False, **changes)
+
+    def count_limit(self, index: int) -> None:
+        """Note how far this run was when its job ran into the time limit; it is a failure if it was as far the last time."""
+        epoch = self._epoch(index)
+        if read_record(self.experiment, index).get("epoch_at_limit") == epoch:
+            self.count_failure(index, "no checkpoint within a job's time limit")
+        if not _note(self.experiment, index, epoch_at_limit=epoch, failures=self.failures[index]):
+            self.given_up[index] = "its record cannot be written"
+
+    def _epoch(self, index: int) -> int:
+        """The epoch of the newest checkpoint."""
+        checkpoints = self.experiment.files(index).checkpoints()
+        return checkpoints[-1][0] if checkpoints else 0
+
+
+def run_indices(config_file: str, indices: Sequence[int], retries: int, signal_before: int, keep: str, entry: Mapping[str, Any]) -> None:
     """What a job does: run these indices to the end, or until it has to end; then see to it that it is queued again.
 
-    Raises RuntimeError if a run is given up, so that Slurm has the job as failed.
+    entry: the job's name and task, as in the records of its runs. Raises RuntimeError if a run is given up, so that Slurm has the job as
+    failed.
     """
     experiment = Experiment(config_file, (), load_config(config_file), tuple(indices))
-    for index in indices:
-        if read_record(experiment, index).get("is_running"):  # this job was here before, and was killed without a word
-            _count_failure(experiment, index, "its job was killed", retries)
     signals = JobSignals()
     with signals.heard():
-        while to_do := _runs_to_do(experiment, signals):
-            status = None if signals else _run_once(Job(experiment, tuple(to_do)), signals, signal_before)
+        runs = JobRuns(experiment, retries, entry)
+        for index in runs.unfinished():
+            if read_record(experiment, index).get("is_running"):  # this job was here before, and was killed without a word
+                runs.count_failure(index, "its job was killed")
+        while (to_do := _runs_to_do(runs, signals)) and not signals:
+            try:
+                reason = status_text(_run_once(Job(experiment, tuple(to_do)), signals, signal_before))
+            except OSError as error:  # it cannot be started, or its log not be opened
+                reason = str(error)
             for index in to_do:
                 tidy(experiment, index, keep)
-            if signals:
-                _leave(experiment, signals, retries)
-            elif status is not None:
-                for index in _unfinished(experiment):
-                    if index in to_do and lock_holder(experiment.files(index).lock_file) is None:
-                        _count_failure(experiment, index, status_text(status), retries)
-    records = {index: read_record(experiment, index) for index in indices}
-    if given_up := [f"index {index}: {record['reason']}" for index, record in records.items() if record.get("has_failed")]:
-        raise RuntimeError(f"{experiment.name}, {'; '.join(given_up)}")
+            for index in [] if signals else runs.unfinished():
+                if index in to_do and lock_holder(experiment.files(index).lock_file) is None:
+                    runs.count_failure(index, reason)
+        if signals:
+            _leave(runs, signals)
+    if problems := runs.problems():
+        raise RuntimeError(f"{experiment.name}, {'; '.join(problems)}")
 
 
-def _unfinished(experiment: Experiment) -> list[int]:
-    """Indices that are neither finished nor given up."""
-    finished = experiment.files(0).finished_indices()
-    return [index for index in experiment.indices if index not in finished and not read_record(experiment, index).get("has_failed")]
-
-
-def _runs_to_do(experiment: Experiment, signals: JobSignals) -> list[int]:
+def _runs_to_do(runs: JobRuns, signals: JobSignals) -> list[int]:
     """Unfinished indices that nobody else works on; waits a while for the locks of processes on nodes that have just died."""
     deadline = time.monotonic() + SECONDS_FOR_LOCKS
     while True:
-        unfinished = _unfinished(experiment)
-        free = [index for index in unfinished if lock_holder(experiment.files(index).lock_file) is None]
+        unfinished = runs.unfinished()
+        free = [index for index in unfinished if lock_holder(runs.experiment.files(index).lock_file) is None]
         if free or not unfinished or signals or time.monotonic() > deadline:
             return free
         time.sleep(1)
 
 
-def _count_failure(experiment: Experiment, index: int, reason: str, retries: int) -> None:
-    failures = int(read_record(experiment, index).get("failures", 0)) + 1
-    update_record(experiment, index, is_running=False, failures=failures, has_failed=failures > retries, reason=reason)
+def _note(experiment: Experiment, index: int, **changes: Any) -> bool:
+    """Change a run's record; whether that was possible. It is no reason to end a run that it was not."""
+    try:
+        update_record(experiment, index, **changes)
+    except UserError as error:
+        warn(str(error))
+        return False
+    return True
 
 
 def _run_once(job: Job, signals: JobSignals, signal_before: int) -> int:
-    """Run a process to its end, which comes after its current epoch if there is a signal; return its exit status."""
+    """Run a process to its end, which comes after its current epoch if there is a signal; return its exit status.
+
+    Raises OSError if it cannot be started.
+    """
     experiment = job.experiment
     threads = os.environ.get("SLURM_CPUS_PER_TASK", "1")
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
 
     def note(**changes: Any) -> None:
         for index in job.indices:
-            update_record(experiment, index, **changes)
+            _note(experiment, index, **changes)
 
     note(is_running=True, log=os.path.relpath(job.log, experiment.folder), reason="")
     start = time.monotonic()
     with open_log(job.log) as log:
-        write_heading(log, f"on {socket.gethostname()}, job {own_job_id()}: {shlex.join(job.command())}")
+        with contextlib.suppress(OSError):
+            write_heading(log, f"on {socket.gethostname()}, job {own_job_id()}: {shlex.join(job.command())}")
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(job.command(), **streams, env=environment, preexec_fn=_become_child_of_a_job)
+        become_child = functools.partial(_become_child_of_a_job, os.getpid())
+        process = subprocess.Popen(job.command(), **streams, env=environment, preexec_fn=become_child)
         is_asked = False
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -433,36 +543,48 @@ def _run_once(job: Job, signals: JobSignals, signal_before: int) -> int:
                 is_asked = True
             if signals.warned_at is not None and time.monotonic() > signals.warned_at + signal_before - SECONDS_FOR_REQUEUE:
                 process.kill()  # it goes on from the checkpoint before
-        write_heading(log, f"ended after {time.monotonic() - start:.0f} s: {status_text(status)}")
+        with contextlib.suppress(OSError):
+            write_heading(log, f"ended after {time.monotonic() - start:.0f} s: {status_text(status)}")
     note(is_running=False)
     return status
 
 
-def _become_child_of_a_job() -> None:
+def _become_child_of_a_job(parent: int) -> None:
     """In the experiment's process, before it starts: do not hear Slurm's signals, and end with the process that watches over it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, NOT_HEARD)
     with contextlib.suppress(OSError, AttributeError):  # Linux only, as Slurm is
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before that
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _leave(experiment: Experiment, signals: JobSignals, retries: int) -> None:
-    """Have the job queued again, unless Slurm does so itself or somebody cancelled it, and end the process. Returns if nothing is left."""
+def _leave(runs: JobRuns, signals: JobSignals) -> None:
+    """Have the job queued again, if something is left to do, and end the process."""
     if signals.warned_at is not None:
-        for index in _unfinished(experiment):
-            checkpoints = experiment.files(index).checkpoints()
-            epoch = checkpoints[-1][0] if checkpoints else 0
-            if read_record(experiment, index).get("epoch_at_limit") == epoch:
-                _count_failure(experiment, index, "no checkpoint within a job's time limit", retries)
-            update_record(experiment, index, epoch_at_limit=epoch)
-    if not _unfinished(experiment):
-        return
-    if signals.is_ending:
-        state, _, reason = slurm("squeue", "--noheader", f"--jobs={own_job_id()}", "--format=%T|%r").strip().partition("|")
-        # RUNNING: Slurm pre-empts it, but gives it some time first. COMPLETING: it is over already.
-        if state != "RUNNING" and reason != "TimeLimit":
-            raise SystemExit(128 + signal.SIGTERM)
-    requeue(own_job_id())
-    raise SystemExit(0)
+        for index in runs.unfinished():
+            runs.count_limit(index)
+    if runs.unfinished():
+        _queue_again(lambda: signals.is_ending)
+
+
+def _queue_again(is_ending: Callable[[], bool]) -> NoReturn:
+    """Have this job queued again, unless Slurm does so itself or somebody cancelled it, and end the process.
+
+    is_ending: whether there was a SIGTERM. A Slurm that is too busy to answer is asked again until it kills the job.
+    """
+    while True:
+        try:
+            if is_ending():
+                state, _, reason = slurm("squeue", "--noheader", f"--jobs={own_job_id()}", "--format=%T|%r").strip().partition("|")
+                # RUNNING: Slurm pre-empts it, but gives it some time first. COMPLETING: it is over already.
+                if state != "RUNNING" and reason != "TimeLimit":
+                    raise SystemExit(128 + signal.SIGTERM)
+            requeue(own_job_id())
+        except UserError as error:
+            warn(f"{error}; asking again")
+            time.sleep(SECONDS_BETWEEN_REQUESTS)
+        else:
+            raise SystemExit(0)
 
 
 # --- The steps that follow -------------------------------------------------------------------------------------------------------
@@ -483,30 +605,45 @@ def _submit_after(
     keep: str,
     is_new: bool,
 ) -> None:
-    """Submit the job that follows these jobs, in place of one that waits already."""
+    """Submit the job that follows these jobs. It takes the place of one that waits already, with the runs of that one too."""
     experiments = list(dict.fromkeys(status.experiment for status in statuses))
-    folder = _folder(experiments[0])
+    for experiment in experiments:
+        freeze_config(experiment)  # if all are finished, nothing has done so yet
     path = after_file(experiments[0].config.results_dir)
-    content = {"steps": list(steps), "keep": keep, "runs": [[experiment.name, list(experiment.indices)] for experiment in experiments]}
+    runs = {str(experiment.config_file): set(experiment.indices) for experiment in experiments}
     old = read_note(path)
-    old_jobs = squeue().get(str(old.get("name")), [])
-    if old_jobs and not is_new and content.items() <= old.items():
+    old_name, old_runs = str(old.get("name")), {config_file: set(indices) for config_file, indices in dict(old.get("runs", {})).items()}
+    old_jobs = squeue([old_name]).get(old_name, [])
+    if old_jobs and not is_new and _covers(old_runs, runs) and set(steps) <= set(old["steps"]) and keep == old["keep"]:
         print(f"{', '.join(steps)}: queued already, as job {old_jobs[0].id}.")
         return
+    if old_jobs and not _covers(runs, old_runs):
+        steps = [step for step in STEPS if step in steps or step in old["steps"]]
+        keep = min(keep, old["keep"], key=KEEP.index)  # what deletes less
+        runs = {config_file: runs.get(config_file, set()) | old_runs.get(config_file, set()) for config_file in [*runs, *old_runs]}
+        experiments = [Experiment(file, (), load_config(file), tuple(sorted(indices))) for file, indices in runs.items()]
+        job_ids = sorted({*job_ids, *(job.array_id for job in queued_runs(experiments).values())})
+        print(f"In place of job {old_jobs[0].id}, and with the runs that it follows (--keep {keep}):")
     name = f"sweep-{secrets.token_hex(4)}"
-    arguments = ([(str(experiment.config_file), experiment.indices) for experiment in experiments], tuple(steps), keep)
+    content = {"name": name, "steps": list(steps), "keep": keep, "runs": {file: sorted(indices) for file, indices in runs.items()}}
+    call = run_steps, (list(content["runs"].items()), tuple(steps), keep, name)
     dependency = f"afterany:{':'.join(job_ids)}" if job_ids else None
-    job_id = _sbatch(name, [(run_steps, arguments)], folder, request, signal_before, retries, dependency)
-    write_note(path, {**content, "name": name})
+    job_id = _sbatch(name, [call], _folder(experiments[0]), request, signal_before, retries, dependency)
+    write_file(path, json.dumps(content).encode())
     if old_jobs:
-        slurm("scancel", f"--name={old['name']}")
+        slurm("scancel", f"--name={old_name}")
     print(f"{', '.join(steps)}: job {job_id}{', after all others' if job_ids else ''}.")
 
 
-def run_steps(runs: Sequence[tuple[str, Sequence[int]]], steps: Sequence[str], keep: str) -> None:
+def _covers(runs: Mapping[str, set[int]], others: Mapping[str, set[int]]) -> bool:
+    """Whether all of these other runs, indices by config file, are among the runs."""
+    return all(indices <= runs.get(config_file, set()) for config_file, indices in others.items())
+
+
+def run_steps(runs: Sequence[tuple[str, Sequence[int]]], steps: Sequence[str], keep: str, name: str) -> None:
     """What the job after all others does, with what is finished by then. Raises RuntimeError if something is missing or fails.
 
-    runs: config file and indices of each experiment.
+    runs: config file and indices of each experiment. name: the job's.
     """
     experiments = [Experiment(config_file, (), load_config(config_file), tuple(indices)) for config_file, indices in runs]
     path = after_file(experiments[0].config.results_dir)
@@ -516,11 +653,18 @@ def run_steps(runs: Sequence[tuple[str, Sequence[int]]], steps: Sequence[str], k
     problems = [f"without {len(unfinished)} of {len(statuses)} runs, which are not finished"] if unfinished else []
     with Workers([Place("here", {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads})], Display(sys.stdout)) as workers:
         problems += do_steps(steps, experiments, keep, workers)
-    if workers.stop_signal == signal.SIGUSR1:  # the time limit is near; what is analysed is not analysed again
-        requeue(own_job_id())
-    if workers.stop_signal is not None:
-        raise SystemExit(128 + workers.stop_signal)
-    write_note(path, {**read_note(path), "result": "; ".join(problems) or "done"})
+        if signal.SIGUSR1 in workers.signals:  # the time limit is near; what is analysed is not analysed again
+            analysed = sum(is_analysed(experiment, index) for experiment in experiments for index in experiment.indices)
+            if read_note(path).get("analysed_at_limit") == analysed:
+                problems.append("nothing more done within a job's time limit")
+            else:
+                write_file(path, json.dumps({**read_note(path), "analysed_at_limit": analysed}).encode())
+                _queue_again(lambda: signal.SIGTERM in workers.signals)
+        elif workers.stop_signal is not None:
+            _queue_again(lambda: True)
+    note = read_note(path)
+    if note.get("name") == name:  # else another job has taken its place
+        write_note(path, {**note, "result": "; ".join(problems) or "done"})
     if problems:
         raise RuntimeError("; ".join(problems))
 
@@ -531,7 +675,8 @@ def after_text(experiments: Sequence[Experiment]) -> list[str]:
     for results_dir in dict.fromkeys(experiment.config.results_dir for experiment in experiments):
         note = read_note(after_file(results_dir))
         if note.get("steps"):
-            jobs = squeue().get(str(note.get("name")), []) if shutil.which("squeue") else []
+            name = str(note.get("name"))
+            jobs = squeue([name]).get(name, []) if shutil.which("squeue") else []
             state = f"job {jobs[0].text}" if jobs else str(note.get("result", "ended without a word; see .sweep/"))
             lines.append(f"{', '.join(map(str, note['steps']))}: {state}")
     return lines

@@ -412,7 +412,7 @@ def test_requests_to_slurm():
     request = parse_request(["partition=gpu", "time=1-02:30:30", "cpus_per_task=4", "--exclusive=true", "array_parallelism=8"], 60)
     assert request == (26 * 60 + 31, {"partition": "gpu", "cpus-per-task": "4", "exclusive": True}, 8)
     minutes = {"90": 90, "90:30": 91, "1:30:00": 90, "1-12": 36 * 60, "1-12:30": 36 * 60 + 30}
-    assert {text: parse_request([f"time={text}"], 10).minutes for text in minutes} == minutes
+    assert {text: parse_request([f"time={text}"], 30).minutes for text in minutes} == minutes
 
 
 # --- Parts -----------------------------------------------------------------------------------------------------------------------
