@@ -42,8 +42,8 @@ smoke: setup  ## the demo in its smallest form: one run to one figure, seconds
 	$(PY) post_run_analysis.py --results_dir $(OUT)/continual_backpropagation
 	$(PY) plots/plot_incremental_cifar_results.py --results_dir $(OUT) --metric next_task_dormant_units_analysis --output $(OUT)/dormant_units.png
 
-test: setup  ## all tests, two files at a time
-	$(PY) -m pytest -n 2 --dist loadfile
+test: setup  ## all tests, two files at a time; first the one that waits for Slurm's time limits
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_sweep_slurm.py tests
 
 stress: setup  ## the tests of crash safety, many times over, with a table of their counts, and of torch.compile; about ten minutes
 	STRESS=1 $(PY) -m pytest -q tests/test_crash_safety.py tests/test_cuda_graphs.py
