@@ -5,7 +5,7 @@
 
 An experiment is one config with one name; a run is an experiment and an index. What a run costs on disk is here too.
 
-Needs the standard library only, so that a sweep is there at once.
+Does without PyTorch, so that a sweep is there at once.
 """
 
 import itertools
