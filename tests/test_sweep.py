@@ -497,9 +497,7 @@ def test_other_settings_than_those_of_runs_that_may_still_wait_are_refused(tmp_p
     (experiment,) = plan([source], [], [], [0])
     freeze_config(experiment)
     assert plan([source], ["device=cpu"], [], [1])  # what changes no result may change
-    with pytest.raises(
-        UserError, match=r"config\.json: this run was started with other settings: stepsize \(0\.1 there, 0\.2 here\)"
-    ):
+    with pytest.raises(UserError, match=r"config\.json: this run was started with other settings: stepsize \(0\.1 there, 0\.2 here\)"):
         plan([source], ["stepsize=0.2"], [], [1])
 
 
