@@ -256,8 +256,8 @@ def test_runs_of_a_killed_sweep_go_on_and_are_not_started_twice(tmp_path, sweep)
     arguments = ["--configs", *config_files(tmp_path, BASE, epochs_per_task=8, num_tasks=2), "--indices", "0-2"]
     first = sweep(arguments)
     first.wait_for("started ", 2)
-    files = RunFiles(tmp_path / "results" / BASE, 0)
-    wait_until(files.load_progress)
+    for index in (0, 1):  # here, a run is known by its lock alone: its process is a fork without the script's name
+        wait_until(RunFiles(tmp_path / "results" / BASE, index).load_progress)
     first.send(signal.SIGKILL)
     first.wait()
     second = sweep(arguments)
