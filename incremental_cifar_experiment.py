@@ -430,7 +430,9 @@ class IncrementalCIFARExperiment(Experiment):
         config = self.config
         images_per_class = WORK_PER_TRAINING_IMAGE * config.train_images_per_class
         images_per_class += config.validation_images_per_class + config.test_images_per_class
-        return sum(config.num_classes_seen(earlier // config.epochs_per_task) for earlier in range(epoch)) * images_per_class
+        task, epoch_of_task = divmod(epoch, config.epochs_per_task)
+        classes = config.epochs_per_task * sum(map(config.num_classes_seen, range(task))) + epoch_of_task * config.num_classes_seen(task)
+        return classes * images_per_class
 
     def begin_progress(self, first_epoch: int) -> None:
         """From here on, `report_progress` measures how fast the run is."""

@@ -47,8 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return show_plan(experiments, parsed)
     if request is not None:
         check_slurm()
-    else:
-        check_places(experiments, parsed)
+    places = check_places(experiments, parsed) if request is None else []
     with sweep_locks(experiments):
         queue = queued_runs(experiments)
         statuses = read_statuses(experiments, queue)
@@ -64,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 tidy(experiment, index, parsed.keep)
         if request is not None:
             return submit(statuses, queue, request, parsed.runs_per_job, parsed.retries, parsed.signal_before, parsed.then, parsed.keep)
-        return sweep_here(experiments, statuses, parsed)
+        return sweep_here(experiments, statuses, parsed, places)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -165,9 +164,8 @@ def check_places(experiments: Sequence[Experiment], parsed: argparse.Namespace) 
     return places
 
 
-def sweep_here(experiments: Sequence[Experiment], statuses: Sequence[Status], parsed: argparse.Namespace) -> int:
+def sweep_here(experiments: Sequence[Experiment], statuses: Sequence[Status], parsed: argparse.Namespace, places: Sequence[Place]) -> int:
     """Run everything on this machine's GPUs or cores, then the steps that follow; return the exit status. Raises UserError."""
-    places = check_places(experiments, parsed)
     display = Display(sys.stdout)
     with Workers(places, display) as workers:
         outcome = run_all(
