@@ -572,8 +572,9 @@ def report_failures(failed: Mapping[Run, str]) -> Iterator[str]:
     """For every run that was given up: its log and the last lines of it."""
     for (experiment, index), reason in failed.items():
         log = experiment.folder / str(read_record(experiment, index).get("log", ""))
-        yield f"{FAILED}: {experiment.name} index {index}, {reason}; the end of {log}:"
-        yield from (f"    {line}" for line in log_lines(log, LINES_OF_A_FAILED_LOG))
+        lines = log_lines(log, LINES_OF_A_FAILED_LOG)
+        yield f"{FAILED}: {experiment.name} index {index}, {reason}; {f'the end of {log}:' if lines else f'{log} says no more'}"
+        yield from (f"    {line}" for line in lines)
 
 
 def run_tasks(tasks: Sequence[Task], workers: Workers) -> list[Ended]:
