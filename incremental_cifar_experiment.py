@@ -58,7 +58,7 @@ from incremental_cifar.training import (
 )
 
 # What mlproj-manager adds to the settings of an experiment that it runs.
-RUNNER_KEYS = {"index", "verbose", "debug", "plot_results", "runs", "relevant_parameters", "results_path"}
+RUNNER_KEYS = {"index", "verbose", "plot_results", "runs", "relevant_parameters", "results_path"}
 
 # A training image costs a forward pass and a backward pass of twice its work; an evaluated image, a forward pass.
 WORK_PER_TRAINING_IMAGE = 3

@@ -29,13 +29,14 @@ class UserError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All settings of one run, complete and checked. Keys without a note keep the released code's name, meaning and default."""
+    """All settings of one run, complete and checked. Released keys keep their name and meaning (`cfg/README.md`)."""
 
     # Where things are
     data_path: str = ""  # folder that holds (or will hold) cifar-100-python/; "": data/ beside the scripts
     results_dir: str = ""  # folder of all experiments; "": results/ beside the scripts
     experiment_name: str = ""  # folder of this experiment inside results_dir; "": the config file's name
     num_workers: int = 0  # accepted so that released configs load; there are no workers, the images live on the device
+    debug: bool = True  # likewise without effect
 
     # The problem; the defaults are the paper's
     dataset: str = "cifar100"  # "cifar100", or "synthetic": a built-in set of the same shape that needs no file
@@ -111,7 +112,9 @@ MOST_RUNS_PER_GPU = 10
 
 # Keys that may change between the start of a run and its resumption, since they cannot change the results (of the device, the
 # last bits: resuming elsewhere is allowed, with a warning).
-FREE_KEYS = frozenset({"data_path", "results_dir", "experiment_name", "num_workers", "checkpoint_save_frequency", "device", "cuda_graphs"})
+FREE_KEYS = frozenset(
+    {"data_path", "results_dir", "experiment_name", "num_workers", "debug", "checkpoint_save_frequency", "device", "cuda_graphs"}
+)
 
 # The settings that say what a run's files hold. The released code stores none of them: then the paper's hold, which are the defaults.
 SIZE_KEYS = (

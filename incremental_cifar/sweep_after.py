@@ -15,7 +15,7 @@ from incremental_cifar.config import REPOSITORY, SIZE_KEYS, Config
 from incremental_cifar.safe_files import read_note
 from incremental_cifar.sweep_local import Task, Workers, run_tasks, status_text
 from incremental_cifar.sweep_plan import Experiment, indices_text
-from incremental_cifar.sweep_status import log_lines
+from incremental_cifar.sweep_status import failure_text
 
 STEPS = ("analysis", "figures")
 # What is left on disk of a finished run: everything, all but its checkpoints, or (once it is analysed) all but checkpoints and models.
@@ -47,9 +47,9 @@ def analyse(experiments: Sequence[Experiment], keep: str, workers: Workers) -> l
             elif index in finished and not is_analysed(experiment, index):
                 problems.append(f"{experiment.folder}: index {index} cannot be analysed, since not all of its models are there")
         if indices:
-            config = experiment.config
+            device = experiment.device(workers.places[0].has_gpu)
             command = [sys.executable, str(REPOSITORY / "post_run_analysis.py"), "--results_dir", str(experiment.folder)]
-            command += ["--experiment-index", indices_text(indices), "--data_path", config.data_path, "--device", config.device]
+            command += ["--experiment-index", indices_text(indices), "--data_path", experiment.config.data_path, "--device", device]
             name = f"analysis of {experiment.name} {indices_text(indices)}"
             tasks.append(Task(name, command, experiment.folder / "logs" / "analysis.log"))
     problems += _problems(run_tasks(tasks, workers))
@@ -132,9 +132,5 @@ def is_papers_problem(config: Config) -> bool:
 
 
 def _problems(ended: Sequence) -> list[str]:
-    problems = []
-    for one in ended:
-        if one.status != 0:
-            last = (log_lines(one.task.log, 1) or [""])[0]
-            problems.append(f"{one.task.name}: {status_text(one.status)}: {last} (log: {one.task.log})")
-    return problems
+    failed = [one for one in ended if one.status != 0]
+    return [f"{one.task.name}: {failure_text(status_text(one.status), one.task.log)} (log: {one.task.log})" for one in failed]

@@ -12,6 +12,7 @@ them twice.
 import collections
 import contextlib
 import datetime
+import itertools
 import os
 import queue
 import re
@@ -27,10 +28,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple
 
-from incremental_cifar.command_line import SECONDS_OF_ONE_SIGNAL
+from incremental_cifar.command_line import SECONDS_OF_ONE_SIGNAL, warn
 from incremental_cifar.config import UserError
 from incremental_cifar.safe_files import lock_holder
-from incremental_cifar.sweep_plan import Experiment, Job, indices_text, make_jobs
+from incremental_cifar.sweep_plan import Experiment, Job, make_jobs
 from incremental_cifar.sweep_status import (
     FAILED,
     FINISHED,
@@ -40,6 +41,7 @@ from incremental_cifar.sweep_status import (
     Status,
     counts_text,
     duration_text,
+    failure_text,
     log_lines,
     new_record,
     open_log,
@@ -57,6 +59,17 @@ SECONDS_BETWEEN_LOOKS = 1.0  # at the progress of what runs
 SECONDS_BETWEEN_LINES = 60.0  # that say how far everything is, where the output is not a terminal
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LINES_OF_A_FAILED_LOG = 5
+# What it means that a signal ended a process, where the signal's name does not say so.
+MEANINGS = {
+    signal.SIGABRT: "a library gave up",
+    signal.SIGBUS: "memory that it used was gone; perhaps a disk or /dev/shm is full",
+    signal.SIGFPE: "a library divided by zero",
+    signal.SIGILL: "an instruction that this processor does not have",
+    signal.SIGKILL: "perhaps the system was out of memory",
+    signal.SIGSEGV: "a crash in a library",
+    signal.SIGXCPU: "a limit on its time",
+    signal.SIGXFSZ: "a limit on the size of files",
+}
 
 
 # --- Where runs can be -----------------------------------------------------------------------------------------------------------
@@ -67,17 +80,27 @@ class Place(NamedTuple):
 
     name: str
     environment: dict[str, str]  # what its process has beyond the sweep's own
+    has_gpu: bool = False
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs of this machine as CUDA_VISIBLE_DEVICES names them; only those in it, if it is set."""
+    """The GPUs of this machine as CUDA_VISIBLE_DEVICES names them, by number or UUID; only those in it, if it is set."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
+        names = [name.strip() for name in visible.split(",")]
+        return list(itertools.takewhile(re.compile(r"\d+$|(GPU|MIG)-\S+$").match, names))  # CUDA too passes over what follows another
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     try:
-        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout.split()
-    except (OSError, subprocess.SubprocessError):
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+        lines = subprocess.run(query, **streams, timeout=60).stdout.split("\n")
+    except FileNotFoundError:
         return []
+    except (OSError, subprocess.TimeoutExpired) as error:
+        lines = [str(error)]
+    # Among the numbers it warns of what is damaged, and says so in its exit status too.
+    gpus = [line.strip() for line in lines if re.fullmatch(r"\s*\d+\s*", line)]
+    if not gpus:
+        warn(f"nvidia-smi names no GPU: {' '.join(' '.join(lines).split())}")
+    return gpus
 
 
 def find_places(experiments: Sequence[Experiment], gpus: str | None, cores_per_run: int | None) -> list[Place]:
@@ -108,7 +131,7 @@ def find_places(experiments: Sequence[Experiment], gpus: str | None, cores_per_r
             raise UserError("--cores-per-run: these runs use GPUs; for cores: --set device=cpu")
         threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores // len(present)))}
         order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # that of nvidia-smi
-        return [Place(f"GPU {name}", {"CUDA_VISIBLE_DEVICES": name, **order, **threads}) for name in present]
+        return [Place(f"GPU {name}", {"CUDA_VISIBLE_DEVICES": name, **order, **threads}, has_gpu=True) for name in present]
     if "cuda" in devices:
         raise UserError(f'{devices["cuda"].source}: device is "cuda", but there is no GPU here; set device=cpu')
     wanted = 1 if cores_per_run is None else cores_per_run
@@ -182,11 +205,14 @@ class Ended(NamedTuple):
 
 
 def status_text(status: int) -> str:
-    """An exit status in words."""
-    if status < 0:
-        with contextlib.suppress(ValueError):
-            return f"killed by {signal.Signals(-status).name}"
-    return f"exit status {status}"
+    """An exit status in words: negative if a signal ended the process, or as shells report that, 128 more than the signal."""
+    try:
+        number = signal.Signals(-status if status < 0 else status - 128)
+    except ValueError:
+        return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+    if status > 0 and number in STOP_SIGNALS:  # our scripts', after a checkpoint
+        return f"stopped by {number.name}"
+    return f"killed by {number.name}" + (f" ({MEANINGS[number]})" if number in MEANINGS else "")
 
 
 def is_asked_to_stop(process: int) -> bool:
@@ -396,6 +422,7 @@ class _Runs:
             self._set((experiment, index), self.statuses[experiment, index]._replace(state=QUEUED, seconds_left=None, note=""))
 
     def _start(self, job: Job, place: Place) -> None:
+        job = job._replace(has_gpu=place.has_gpu)
         task = Task(job.name, job.command(), job.log)
         try:
             process = self.workers.start(task, place)
@@ -444,13 +471,11 @@ class _Runs:
                 reason = status_text(ended.status) if ended.status else "ended without an error, but not finished"
                 if self.failures[run] <= self.retries:
                     self._note(run, failures=self.failures[run], reason=reason)
+                    self.display.say(f"failed    {run[0].name} index {index}: {failure_text(reason, job.log, index)}; trying again")
                     again.append(run)
                 else:
                     self._fail(run, reason)
-        if again:
-            names = f"{job.experiment.name} {indices_text([index for _, index in again])}"
-            self.display.say(f"failed    {names}: {status_text(ended.status)}; trying again")
-            self._enqueue(again)
+        self._enqueue(again)
 
     def _finish(self, run: Run, ended: Ended | None) -> None:
         experiment, index = run
@@ -461,7 +486,7 @@ class _Runs:
         self.display.say(f"finished  {experiment.name} index {index}{seconds}")
 
     def _stop(self, run: Run, ended: Ended) -> None:
-        self._note(run, reason=status_text(ended.status))
+        self._note(run, reason=status_text(ended.status) if len(self.workers.signals) < 2 else "killed, as was asked for")
         self._look(run)
         epoch = self.statuses[run].epoch
         where = f"after epoch {epoch}" if epoch else "before its first checkpoint"
@@ -502,6 +527,9 @@ class _Runs:
             if index in experiment.files(index).finished_indices():
                 self._finish(run, None)
             elif self.workers.stop_signal is None:
+                self._look(run)
+                note = self.statuses[run].note
+                self.display.say(f"ended     {experiment.name} index {index} unfinished{': ' * bool(note)}{note}; trying again")
                 again.append(run)
             else:
                 self._look(run)
@@ -544,8 +572,9 @@ def report_failures(failed: Mapping[Run, str]) -> Iterator[str]:
     """For every run that was given up: its log and the last lines of it."""
     for (experiment, index), reason in failed.items():
         log = experiment.folder / str(read_record(experiment, index).get("log", ""))
-        yield f"{FAILED}: {experiment.name} index {index}, {reason}; the end of {log}:"
-        yield from (f"    {line}" for line in log_lines(log, LINES_OF_A_FAILED_LOG))
+        lines = log_lines(log, LINES_OF_A_FAILED_LOG)
+        yield f"{FAILED}: {experiment.name} index {index}, {reason}; {f'the end of {log}:' if lines else f'{log} says no more'}"
+        yield from (f"    {line}" for line in lines)
 
 
 def run_tasks(tasks: Sequence[Task], workers: Workers) -> list[Ended]:

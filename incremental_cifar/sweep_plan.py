@@ -54,12 +54,17 @@ class Experiment(NamedTuple):
     def files(self, index: int) -> RunFiles:
         return RunFiles(self.folder, index)
 
+    def device(self, has_gpu: bool) -> str:
+        """The device of a process of this experiment: one that is given a GPU must use it, which "auto" does only where it can."""
+        return "cuda" if has_gpu and self.config.device == "auto" else self.config.device
+
 
 class Job(NamedTuple):
     """Indices of one experiment that one process runs."""
 
     experiment: Experiment
     indices: tuple[int, ...]
+    has_gpu: bool = False  # whether the process is given one
 
     @property
     def name(self) -> str:
@@ -73,7 +78,8 @@ class Job(NamedTuple):
     def command(self) -> list[str]:
         """What the process is started with: the config as it was when the sweep was checked."""
         script = [sys.executable, str(EXPERIMENT_SCRIPT), "--config", str(self.experiment.config_file)]
-        return [*script, "--experiment-index", indices_text(self.indices)]
+        device = self.experiment.device(self.has_gpu)
+        return [*script, "--experiment-index", indices_text(self.indices), "--set", f"device={device}"]
 
     def command_by_hand(self) -> str:
         """The same as one would type it."""

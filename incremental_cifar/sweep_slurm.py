@@ -209,6 +209,11 @@ class Request(NamedTuple):
     options: dict[str, str | bool]  # of sbatch, without their dashes
     jobs_at_once: int | None
 
+    @property
+    def has_gpu(self) -> bool:
+        """Whether it asks for GPUs: --gpus, --gpus-per-..., --gres=gpu:..., --tres-per-...=gres/gpu:..."""
+        return any(re.match("gpus|(gres|tres).*=.*gpu", f"{key}={value}") for key, value in self.options.items())
+
 
 def parse_request(texts: Sequence[str], signal_before: int) -> Request:
     """Read `--slurm KEY=VALUE ...`; signal_before: seconds. Raises UserError."""
@@ -275,7 +280,8 @@ def submit(
         try:
             for task, job in enumerate(jobs):
                 entry = {"name": name, "task": task}
-                calls.append((run_indices, (str(job.experiment.config_file), job.indices, retries, signal_before, keep, entry)))
+                arguments = str(job.experiment.config_file), job.indices, retries, signal_before, keep, entry, request.has_gpu
+                calls.append((run_indices, arguments))
                 for index in job.indices:
                     new_record(job.experiment, index, slurm=entry, log=read_record(job.experiment, index).get("log"))
             job_id = _sbatch(name, calls, _folder(jobs[0].experiment), request, signal_before, retries)
@@ -461,11 +467,19 @@ class JobRuns:
         return checkpoints[-1][0] if checkpoints else 0
 
 
-def run_indices(config_file: str, indices: Sequence[int], retries: int, signal_before: int, keep: str, entry: Mapping[str, Any]) -> None:
+def run_indices(
+    config_file: str,
+    indices: Sequence[int],
+    retries: int,
+    signal_before: int,
+    keep: str,
+    entry: Mapping[str, Any],
+    has_gpu: bool = False,
+) -> None:
     """What a job does: run these indices to the end, or until it has to end; then see to it that it is queued again.
 
-    entry: the job's name and task, as in the records of its runs. Raises RuntimeError if a run is given up, so that Slurm has the job as
-    failed.
+    entry: the job's name and task, as in the records of its runs. has_gpu: whether the job asked for one. Raises RuntimeError if a run is
+    given up, so that Slurm has the job as failed.
     """
     experiment = Experiment(config_file, (), load_config(config_file), tuple(indices))
     signals = JobSignals()
@@ -476,7 +490,7 @@ def run_indices(config_file: str, indices: Sequence[int], retries: int, signal_b
                 runs.count_failure(index, "its job was killed")
         while (to_do := _runs_to_do(runs, signals)) and not signals:
             try:
-                reason = status_text(_run_once(Job(experiment, tuple(to_do)), signals, signal_before))
+                reason = status_text(_run_once(Job(experiment, tuple(to_do), has_gpu), signals, signal_before))
             except OSError as error:  # it cannot be started, or its log not be opened
                 reason = str(error)
             for index in to_do:
@@ -626,7 +640,7 @@ def _submit_after(
         print(f"In place of job {old_jobs[0].id}, and with the runs that it follows (--keep {keep}):")
     name = f"sweep-{secrets.token_hex(4)}"
     content = {"name": name, "steps": list(steps), "keep": keep, "runs": {file: sorted(indices) for file, indices in runs.items()}}
-    call = run_steps, (list(content["runs"].items()), tuple(steps), keep, name)
+    call = run_steps, (list(content["runs"].items()), tuple(steps), keep, name, request.has_gpu)
     dependency = f"afterany:{':'.join(job_ids)}" if job_ids else None
     job_id = _sbatch(name, [call], _folder(experiments[0]), request, signal_before, retries, dependency)
     write_file(path, json.dumps(content).encode())
@@ -640,18 +654,19 @@ def _covers(runs: Mapping[str, set[int]], others: Mapping[str, set[int]]) -> boo
     return all(indices <= runs.get(config_file, set()) for config_file, indices in others.items())
 
 
-def run_steps(runs: Sequence[tuple[str, Sequence[int]]], steps: Sequence[str], keep: str, name: str) -> None:
+def run_steps(runs: Sequence[tuple[str, Sequence[int]]], steps: Sequence[str], keep: str, name: str, has_gpu: bool = False) -> None:
     """What the job after all others does, with what is finished by then. Raises RuntimeError if something is missing or fails.
 
-    runs: config file and indices of each experiment. name: the job's.
+    runs: config file and indices of each experiment. name: the job's. has_gpu: whether it asked for one.
     """
     experiments = [Experiment(config_file, (), load_config(config_file), tuple(indices)) for config_file, indices in runs]
     path = after_file(experiments[0].config.results_dir)
     threads = os.environ.get("SLURM_CPUS_PER_TASK", "1")
+    here = Place("here", {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}, has_gpu)
     statuses = read_statuses(experiments, {})
     unfinished = [status for status in statuses if status.state != FINISHED]
     problems = [f"without {len(unfinished)} of {len(statuses)} runs, which are not finished"] if unfinished else []
-    with Workers([Place("here", {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads})], Display(sys.stdout)) as workers:
+    with Workers([here], Display(sys.stdout)) as workers:
         problems += do_steps(steps, experiments, keep, workers)
         if signal.SIGUSR1 in workers.signals:  # the time limit is near; what is analysed is not analysed again
             analysed = sum(is_analysed(experiment, index) for experiment in experiments for index in experiment.indices)

@@ -31,6 +31,10 @@ Run = tuple[Experiment, int]  # an experiment and one of its indices
 RUNTIMES = ("epoch_runtime", "test_evaluation_runtime", "validation_evaluation_runtime")
 RUNS_MEASURED = 3  # of an experiment, for the time that others will take
 HEADING = "=== "  # begins the lines that a sweep writes into a log
+# A state of a run's progress bar. What another library writes begins right behind it.
+BAR = re.compile(r"[^\r]*\| [\d:]+, [\d:?]+ left(?:, epoch \d+, test accuracy \d\.\d{3})?")
+# What an exception, the interpreter or the C++ library says went wrong, before lines that say where.
+RAISED = re.compile(r"^Traceback .*\n(?: .*\n)*(\S.*)|^(Fatal Python error: .*)|^  what\(\): (.*)", re.MULTILINE)
 
 
 class Status(NamedTuple):
@@ -145,16 +149,17 @@ def read_status(
         return Status(experiment, index, RUNNING, _whole(progress.get("epoch"), epoch), accuracy, seconds_left, where)
     accuracy = _number(progress.get("test_accuracy")) if progress.get("epoch") == epoch else None
     record = read_record(experiment, index)
+    log = experiment.folder / str(record.get("log", ""))
     if record.get("has_failed"):
-        return Status(experiment, index, FAILED, epoch, accuracy, note=failure_text(experiment, index, record))
+        return Status(experiment, index, FAILED, epoch, accuracy, note=failure_text(str(record.get("reason", "failed")), log, index))
     if queue and (job := queue.get((experiment, index))):
         state, note = (RUNNING, f"job {job.text}, starting") if job.has_started else (QUEUED, f"job {job.text}")
         return Status(experiment, index, state, epoch, accuracy, note=note)
     if sweep is not None and record.get("is_waiting") == sweep:
         return Status(experiment, index, QUEUED, epoch, accuracy, note=f"by {sweep.rpartition(', since ')[0] or sweep}")
     state = STOPPED if epoch is not None or record.get("log") else NEVER
-    note = "its job was killed" if record.get("is_running") else str(record.get("reason", ""))
-    return Status(experiment, index, state, epoch, accuracy, note=note)
+    reason = "its job was killed" if record.get("is_running") else str(record.get("reason", ""))
+    return Status(experiment, index, state, epoch, accuracy, note=reason or failure_text("", log, index))
 
 
 def _host_and_process(holder: str) -> tuple[str, str]:
@@ -188,34 +193,34 @@ def write_heading(file: IO[bytes], text: str) -> None:
 
 
 def log_lines(log: Path, count: int) -> list[str]:
-    """The last lines of a log's last attempt, oldest first; of a progress bar, its last state. Empty if there is no log."""
+    """The last lines of a log's last attempt, oldest first, progress bars left out. Empty if there is no log."""
     try:
         with open(log, "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 65536))
+            start = max(0, file.seek(0, 2) - 65536)
+            file.seek(start)
             text = file.read().decode(errors="replace")
     except OSError:
         return []
+    if start:
+        text = re.sub(r"\A[^\r\n]*", "", text)  # the rest of a line, or of a state of the bar
     lines: list[str] = []
     for line in text.split("\n"):
         if line.startswith(HEADING):
             lines = lines if " ended " in line else []
-        elif shown := line.rstrip("\r").rpartition("\r")[2].strip():
-            lines.append(shown)
+        else:
+            shown = [part.rstrip() for part in BAR.sub("\r", line.replace("\x1b[A", "\r")).split("\r") if part.strip()]
+            lines += shown[-1:]
     return lines[-count:]
 
 
-def last_log_line(log: Path, index: int) -> str:
-    """The line of a log that tells best what became of this index: its last error, or its last line."""
+def failure_text(reason: str, log: Path, index: int | None = None) -> str:
+    """Why a process failed, in one line: the reason and, of its log, the last error (of this index), or else the last line."""
     lines = log_lines(log, 1000)
     mine = [line for line in lines if line.startswith(f"error: index {index}: ")]
-    errors = [line for line in lines if line.startswith("error: ") and not re.match(r"error: index \d+: ", line)]
-    return (mine or errors or lines or [""])[-1]
-
-
-def failure_text(experiment: Experiment, index: int, record: Mapping[str, Any]) -> str:
-    """Why a run was given up, in one line."""
-    line = last_log_line(experiment.folder / str(record.get("log", "")), index)
-    return f"{record.get('reason', 'failed')}: {line}" if line else str(record.get("reason", "failed"))
+    others = [line for line in lines if not re.match(r"error: index \d+: ", line)]
+    errors = [line for line in others if line.startswith("error: ")]
+    raised = ["".join(groups).strip() for groups in RAISED.findall("\n".join(others))]
+    return ": ".join(filter(None, [reason, *(mine or errors or raised or others)[-1:]]))
 
 
 # --- Time ------------------------------------------------------------------------------------------------------------------------

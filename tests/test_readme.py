@@ -7,7 +7,7 @@ import pytest
 from conftest import REPOSITORY
 
 import incremental_cifar_experiment
-from incremental_cifar.config import FIELDS
+from incremental_cifar.config import FIELDS, UserError, differing_keys, load_config
 from incremental_cifar.learning_curves import METRICS
 
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "cfg" / "README.md"]
@@ -45,3 +45,48 @@ def test_commands_of_the_experiment_are_valid():
         assert indices == [0] and config.num_tasks == 20
     for overrides in re.findall(r"`--set ((?:[a-z_]+=[^\s`]+ ?)+)", (REPOSITORY / "README.md").read_text()):
         assert {word.partition("=")[0] for word in overrides.split()} <= set(FIELDS)
+
+
+# The released code's settings (`IncrementalCIFARExperiment.__init__` and `main` there) and their defaults; None: it fails without them.
+RELEASED = {
+    "data_path": "",
+    "results_dir": "",
+    "experiment_name": None,
+    "num_workers": 1,
+    "debug": True,
+    "stepsize": None,
+    "weight_decay": None,
+    "momentum": None,
+    "noise_std": 0.0,
+    "use_cbp": False,
+    "replacement_rate": 0.0,
+    "utility_function": "weight",
+    "maturity_threshold": 0,
+    "reset_head": False,
+    "reset_network": False,
+    "early_stopping": False,
+}
+
+
+def test_released_keys_have_the_released_defaults_but_for_those_named():
+    assert set(RELEASED) <= set(FIELDS)
+    sentence = re.search(r"but for these: (.+?)\n\n", (REPOSITORY / "cfg" / "README.md").read_text(), re.DOTALL)
+    assert sentence is not None
+    assert set(re.findall(r"`(\w+)`", sentence[1])) == {key for key, default in RELEASED.items() if FIELDS[key].default != default}
+
+
+def test_settings_are_read_as_the_table_of_differences_says(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text("{}")
+    plain = load_config(path)
+    assert (plain.stepsize, plain.weight_decay, plain.momentum, plain.experiment_name) == (0.1, 0.0005, 0.9, "mine")
+    assert load_config(path, ["noise_std=0"]) == plain
+    path.write_text('{"debug": false, "num_workers": 12, "noise_std": 0}')
+    assert differing_keys(plain, load_config(path)) == differing_keys(plain, load_config(path, ["debug=true"])) == []
+    path.write_text('{"debugging": false}')
+    with pytest.raises(UserError, match='unknown key "debugging"; did you mean "debug"'):
+        load_config(path)
+    text = (REPOSITORY / "README.md").read_text()
+    rows = dict(re.findall(r"^\| (.+?) \|.* \| (.+?) \|$", text.partition("## Differences")[2].partition("\n## ")[0], re.MULTILINE))
+    assert rows["`debug`"] == "accepted, without effect" and rows["keys that are not known"] == "refused"
+    assert rows["`num_workers`"].endswith(f"default {FIELDS['num_workers'].default}") and rows["`noise_std: 0`, not `0.0`"] == "no noise"

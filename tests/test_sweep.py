@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ import torch
 from conftest import ALGORITHMS, REPOSITORY, everything_in, processes, stored_results, tiny_arguments
 
 import run_sweep
-from incremental_cifar import sweep_local
+from incremental_cifar import sweep_local, sweep_plan
 from incremental_cifar.command_line import run_script
 from incremental_cifar.config import Config, UserError
 from incremental_cifar.resnet import build_network
@@ -178,6 +177,17 @@ def started_runs(output: str) -> list[str]:
     return re.findall(r"started   (\S+ index \d+)", output)
 
 
+def machine_with_gpus(folder: Path, nvidia_smi: str) -> dict[str, str]:
+    """The environment on a machine whose nvidia-smi is these lines of shell."""
+    program = folder / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\n{nvidia_smi}\n")
+    program.chmod(0o755)
+    environment = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    return environment
+
+
 def has_pending(process, number):
     """Whether a signal waits for a process that stands still (Linux)."""
     status = Path(f"/proc/{process}/status").read_text()
@@ -279,13 +289,10 @@ def test_two_sweeps_at_once_are_one_too_many(tmp_path, capsys):
 
 
 def test_from_the_command_to_the_figures(tmp_path):
-    """Real processes, two indices packed into one, on a machine that claims to have a GPU; only results are kept."""
-    nvidia_smi = tmp_path / "bin" / "nvidia-smi"
-    nvidia_smi.parent.mkdir()
-    nvidia_smi.write_text("#!/bin/sh\necho 0; echo 1\n")
-    nvidia_smi.chmod(nvidia_smi.stat().st_mode | stat.S_IXUSR)
-    environment = os.environ | {"PATH": f"{nvidia_smi.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    """Real processes, two indices packed into one, on GPUs for which the CPU stands in; only results are kept."""
+    environment = machine_with_gpus(tmp_path, "echo 0; echo 1")
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.argv[1:] = [word.replace('cuda', 'cpu') for word in sys.argv[1:]]")
+    environment["PYTHONPATH"] = str(tmp_path)
     command = [
         sys.executable,
         str(REPOSITORY / "run_sweep.py"),
@@ -305,6 +312,17 @@ def test_from_the_command_to_the_figures(tmp_path):
     assert {"paper_figure.png", "test_accuracy_figure.svg", "next_task_stable_rank_analysis.svg"} <= set(os.listdir(results / "figures"))
     again = subprocess.run([*command, "--dry-run"], env=environment, capture_output=True, text=True)
     assert "Would start 0 runs" in again.stdout and "4 finished" in again.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would be used")
+def test_a_run_that_is_given_a_gpu_does_not_do_without(tmp_path):
+    arguments = ["--configs", *config_files(tmp_path, BASE), "--indices", "0", "--set", "device=auto", "--retries", "0"]
+    command = [sys.executable, str(REPOSITORY / "run_sweep.py"), *arguments]
+    environment = machine_with_gpus(tmp_path, "echo 0")
+    completed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert completed.returncode == 1
+    assert re.search(rf'gave up   {BASE} index 0: exit status 2: error: device: "cuda" is not here', completed.stdout)
+    assert not (tmp_path / "results" / BASE / "model_parameters").exists()
 
 
 # --- What is planned, and what is refused ----------------------------------------------------------------------------------------
@@ -334,6 +352,30 @@ def test_sizes_of_models(width):
     state = build_network(1, width).state_dict()
     assert num_parameters(width) == sum(tensor.numel() for name, tensor in state.items() if not re.search("running|tracked", name))
     assert 0 <= sum(tensor.numel() * tensor.element_size() for tensor in state.values()) - model_bytes(Config(network_width=width)) < 300
+
+
+@pytest.mark.parametrize(
+    ("nvidia_smi", "visible", "places", "warning"),
+    [
+        ("echo 0; echo 1", None, ["GPU 0", "GPU 1"], ""),
+        ("echo 0; echo 1; echo 'WARNING: infoROM is corrupted at gpu 0000:3B:00.0'; exit 14", None, ["GPU 0", "GPU 1"], ""),
+        ("echo No devices were found", None, ["slot 1"], "nvidia-smi names no GPU: No devices were found"),
+        ("echo 'Failed to initialize NVML: Unknown Error'; exit 255", None, ["slot 1"], "Failed to initialize NVML"),
+        ("echo 0; echo 1", "1,GPU-8932f937-d72c,MIG-GPU-8932/1/0", ["GPU 1", "GPU GPU-8932f937-d72c", "GPU MIG-GPU-8932/1/0"], ""),
+        ("echo 0; echo 1", "1,-1,0", ["GPU 1"], ""),  # as CUDA has it
+        ("echo 0; echo 1", "none", ["slot 1"], ""),
+        ("echo 0; echo 1", "", ["slot 1"], ""),
+    ],
+)
+def test_only_numbers_and_uuids_are_gpus(nvidia_smi, visible, places, warning, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", machine_with_gpus(tmp_path, nvidia_smi)["PATH"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(sweep_local.os, "sched_getaffinity", lambda process: {0}, raising=False)
+    experiment = Experiment("x", (), Config(), (0,))
+    assert [place.name for place in sweep_local.find_places([experiment], None, None)] == places
+    assert warning in capsys.readouterr().err
 
 
 OK = ["--configs", "cfg/base_deep_learning_system.json", "--indices", "0"]
@@ -514,6 +556,63 @@ def test_a_run_whose_process_has_not_got_its_lock_yet_is_running(tmp_path):
     assert read_status(experiment, 0, is_finished=False).state == NEVER
     new_record(experiment, 0, host=socket.gethostname(), process=os.getpid())  # another program with the number of the ended one
     assert read_status(experiment, 0, is_finished=False).state == NEVER
+
+
+BAR = b"\rindex 0, task 1/2 (5 classes):   3.1% |          | 00:01, 01:02 left, epoch 2, test accuracy 0.100"
+SEVERAL_BARS = b"\r  0.0% |          | 00:00, ? left\n\r  0.0% |          | 00:00, ? left\x1b[A" + BAR + b"\x1b[A"
+ABORTED = "killed by SIGABRT (a library gave up)"
+TRACEBACK = b'Traceback (most recent call last):\n  File "x.py", line 1, in <module>\n    f()\n    ^^^\nRuntimeError: CUDA error: no\n'
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "text"),
+    [
+        (-6, b"begin\n" + BAR + b"double free or corruption (!prev)\n", f"{ABORTED}: double free or corruption (!prev)"),
+        (134, BAR + b"\nfree(): invalid pointer\n" + SEVERAL_BARS, f"{ABORTED}: free(): invalid pointer"),
+        (-6, BAR + b"terminate called\n  what():  out of range\nframe #0: f\n", f"{ABORTED}: out of range"),
+        (-11, SEVERAL_BARS, "killed by SIGSEGV (a crash in a library)"),
+        (139, b"Resuming index 0\n" + SEVERAL_BARS, "killed by SIGSEGV (a crash in a library): Resuming index 0"),
+        (-9, BAR * 1000, "killed by SIGKILL (perhaps the system was out of memory)"),
+        (137, b"", "killed by SIGKILL (perhaps the system was out of memory)"),
+        (-7, BAR, "killed by SIGBUS (memory that it used was gone; perhaps a disk or /dev/shm is full)"),
+        (-15, BAR, "killed by SIGTERM"),
+        (143, b"SIGTERM: stopped after epoch 3\n", "stopped by SIGTERM: SIGTERM: stopped after epoch 3"),
+        (1, SEVERAL_BARS + b"\n" + TRACEBACK + BAR, "exit status 1: RuntimeError: CUDA error: no"),
+        (1, TRACEBACK + b"For debugging consider passing X=1\nindex 1: goes on\n", "exit status 1: RuntimeError: CUDA error: no"),
+        (2, TRACEBACK + b"error: index 1: of another\nerror: index 0: mine\nend\n", "exit status 2: error: index 0: mine"),
+        (-11, b"begin\nerror: index 1: of another\n", "killed by SIGSEGV (a crash in a library): begin"),
+        (255, b"", "exit status 255"),
+    ],
+    ids=lambda value: "" if isinstance(value, bytes) else None,
+)
+def test_what_a_process_died_of_is_said_in_words(status, log, text, tmp_path):
+    (experiment,) = plan(config_files(tmp_path, ALGORITHMS[0]), [], [], [0])
+    path = experiment.folder / "logs" / "index-0.log"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"=== 2026-01-01 00:00:00 on here: python\n" + log)
+    new_record(experiment, 0, has_failed=True, reason=sweep_local.status_text(status), log="logs/index-0.log")
+    assert read_status(experiment, 0, is_finished=False).note == text
+
+
+def test_a_crash_is_reported_with_its_last_words(tmp_path, monkeypatch, capsys):
+    """In place of the experiment, a script that draws a bar and crashes as a library does."""
+    script = tmp_path / "incremental_cifar_experiment.py"
+    script.write_text(f"import os; os.write(2, {BAR + b'double free or corruption (!prev)' + BAR!r}); os.abort()")
+    monkeypatch.setattr(sweep_plan, "EXPERIMENT_SCRIPT", script)
+    (config,) = config_files(tmp_path, BASE)
+    arguments = ["--configs", config, "--indices", "0"]
+    assert run_script(run_sweep.main, arguments) == 1
+    output, errors = capsys.readouterr()
+    reason = ABORTED
+    assert f"failed    {BASE} index 0: {reason}: double free or corruption (!prev); trying again" in output
+    assert f"gave up   {BASE} index 0: {reason}: double free or corruption (!prev)" in output
+    assert re.search(rf"failed: {BASE} index 0, {re.escape(reason)}; the end of .*:\n    double free or corruption \(!prev\)\n", errors)
+    assert run_script(run_sweep.main, [*arguments, "--status"]) == 0
+    assert f"{reason}: double free or corruption (!prev)" in capsys.readouterr().out
+    # A run that dies while no sweep watches it.
+    (experiment,) = plan([config], [], [], [0])
+    new_record(experiment, 0, log="logs/index-0.log", reason="")
+    assert read_status(experiment, 0, is_finished=False).note == "double free or corruption (!prev)"
 
 
 def test_runs_that_wait_do_so_for_the_sweep_that_queued_them(tmp_path):

@@ -15,13 +15,13 @@ import pytest
 from conftest import REPOSITORY, TINY, TINY_ALGORITHM, stored_results
 from slurm_cluster import cluster, why_unavailable
 
-from incremental_cifar import sweep_slurm
+from incremental_cifar import sweep_after, sweep_plan, sweep_slurm
 from incremental_cifar.config import Config, UserError
 from incremental_cifar.run_files import RunFiles
 from incremental_cifar.safe_files import lock_holder, read_note, write_note
 from incremental_cifar.sweep_plan import Experiment, Job, freeze_config
 from incremental_cifar.sweep_slurm import JobRuns, JobSignals, MayBeQueued, QueuedJob, Request, parse_request, run_indices, submit
-from incremental_cifar.sweep_status import NEVER, Status, new_record, read_record, update_record
+from incremental_cifar.sweep_status import FINISHED, NEVER, Status, new_record, read_record, update_record
 
 
 def reason_to_skip() -> str | None:
@@ -185,6 +185,41 @@ def failing(monkeypatch) -> None:
     """In place of experiments, processes that fail."""
     monkeypatch.setattr(Job, "command", lambda job: ["false"])
     monkeypatch.setenv("SLURM_JOB_ID", "1")
+
+
+@pytest.mark.parametrize(
+    ("option", "device", "used"),
+    [
+        ("gres=gpu:a100:1", "auto", "cuda"),
+        ("gpus_per_task=1", "auto", "cuda"),
+        ("tres_per_job=gres/gpu:1", "auto", "cuda"),
+        ("partition=gpu", "auto", "auto"),
+        ("gres=gpu:1", "cpu", "cpu"),
+    ],
+)
+def test_a_job_that_asked_for_a_gpu_does_not_do_without(option, device, used, tmp_path, monkeypatch):
+    """In place of the experiment and its analysis, scripts that say which device they are given."""
+    for name in ("incremental_cifar_experiment.py", "post_run_analysis.py"):
+        (tmp_path / name).write_text("import sys; sys.exit('devices: ' + ' '.join(sys.argv))")
+    monkeypatch.setattr(sweep_plan, "EXPERIMENT_SCRIPT", tmp_path / "incremental_cifar_experiment.py")
+    monkeypatch.setattr(sweep_after, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(sweep_after, "has_models", lambda experiment, index: True)
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    calls = []
+    monkeypatch.setattr(sweep_slurm, "_sbatch", lambda name, new, *arguments: calls.extend(new) or "1")
+    monkeypatch.setattr(sweep_slurm, "squeue", lambda names: {})
+    experiment = Experiment("x", (), Config(results_dir=str(tmp_path), experiment_name="a", device=device), (0, 1))
+    freeze_config(experiment)
+    RunFiles(experiment.folder, 1).mark_finished()
+    submit([Status(experiment, 0, NEVER)], {}, parse_request([option], 30), 1, 0, 30, ["analysis"], "all")
+    submit([Status(experiment, 1, FINISHED)], {}, parse_request([option], 30), 1, 0, 30, ["analysis"], "all")
+    (run, of_run), *_, (steps, of_steps) = calls
+    for function, arguments in ((run, of_run), (steps, of_steps)):
+        with pytest.raises(RuntimeError):
+            function(*arguments)
+    run_log, analysis_log = ((experiment.folder / "logs" / name).read_text() for name in ("index-0.log", "analysis.log"))
+    assert ("device=cuda" in run_log) == (used == "cuda")
+    assert f"--device {used}" in analysis_log
 
 
 def refuse_records(monkeypatch) -> None:
