@@ -9,20 +9,24 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.text import Text
-from matplotlib.ticker import StrMethodFormatter
-from matplotlib.transforms import ScaledTranslation
 
+from plots.plain_matplotlib import (
+    DEFAULTS,
+    FONT,
+    Axes,
+    Figure,
+    FigureCanvasAgg,
+    Line2D,
+    Patch,
+    ScaledTranslation,
+    StrMethodFormatter,
+    Text,
+)
 from plots.published_curves import PublishedCurve
 from plots.run_results import RETRAINED, Curve, algorithm_label, mean_and_standard_error
 
-STYLE = {
-    "font.family": "DejaVu Sans",  # comes with Matplotlib: the same figure on every machine
+STYLE = DEFAULTS | {
+    "font.family": FONT,
     "font.size": 7,
     "axes.labelsize": 7,
     "axes.titlesize": 7,

@@ -15,9 +15,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # the parts are found wherever this script is called from
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.artist import Artist
-from matplotlib.figure import Figure
 
 from incremental_cifar.command_line import OneLineArgumentParser, run_script
 from incremental_cifar.config import UserError
@@ -43,6 +40,7 @@ from plots.drawing import (
     wrapped,
 )
 from plots.output_files import SUFFIXES, check_figure_path, write_figure
+from plots.plain_matplotlib import Artist, Figure, rc_context
 from plots.published_curves import PublishedCurve, read_published_curves
 from plots.run_results import (
     METRICS,

@@ -16,10 +16,6 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # the parts are found wherever this script is called from
 
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 from incremental_cifar.command_line import OneLineArgumentParser, run_script
 from incremental_cifar.config import UserError
 from incremental_cifar.safe_files import check_destinations
@@ -43,6 +39,7 @@ from plots.drawing import (
     wrapped,
 )
 from plots.output_files import write_figure
+from plots.plain_matplotlib import Axes, Figure, rc_context
 from plots.run_results import (
     ALGORITHM_LABELS,
     METRICS,

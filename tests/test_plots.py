@@ -1,5 +1,6 @@
 """The scripts in plots/: what they draw, read from Matplotlib's artists, equals what is stored; and bad input is one line."""
 
+import functools
 import json
 import math
 import os
@@ -423,6 +424,51 @@ def test_scripts_run_from_anywhere(results, tmp_path):
     command = [sys.executable, str(script), "--results_dir", "results", "--metric", RANK, "--output", "rank.svg"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / "rank.svg").is_file()
+
+
+PAPER_FIGURE = ("plot_paper_figure.py", "--output-dir", ".")
+PDF = ("plot_incremental_cifar_results.py", "--metric", RANK, "--output", "rank.pdf")
+# A command, and what of the user's reaches Matplotlib: environment variables, and a matplotlibrc in the working directory.
+OF_THE_USER = {
+    "backend of a notebook": (PDF, {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, b""),
+    "dark and with TeX": (
+        PAPER_FIGURE,
+        {},
+        b"text.usetex: True\nfigure.facecolor: black\nsavefig.facecolor: black\nsavefig.bbox: tight\npath.sketch: 1, 100, 2\n"
+        b"lines.marker: x\naxes.ymargin: 0.5\naxes.formatter.use_locale: True\nsvg.fonttype: none\npdf.compression: 0\n",
+    ),
+    "faulty settings": (PDF, {}, b"no colon\nno.such.key: 1\nfont.size: large\nbackend: none\n"),
+    "not text": (PDF, {}, b"\xff\xfe"),
+    "nowhere to write": (PDF, {"MPLCONFIGDIR": os.devnull, "MATPLOTLIBRC": "/nowhere"}, b""),
+}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """The files that the scripts write, in processes of their own, for these variables and settings of Matplotlib: name to content."""
+    folder = tmp_path_factory.mktemp("figures")
+    store(folder / "results", BASE, 0, SMALL, test_accuracy_per_epoch=[0.5, 0.7, 0.6, 0.4, 0.3, 0.3], **{RANK: [16, 8, 4]})
+
+    @functools.cache
+    def drawn(command, variables=(), settings=b""):
+        working = folder / f"working-{len(os.listdir(folder))}"
+        working.mkdir()
+        if settings:
+            (working / "matplotlibrc").write_bytes(settings)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("MPL", "MATPLOTLIB"))}
+        arguments = [sys.executable, REPOSITORY / "plots" / command[0], "--results_dir", "../results", *command[1:]]
+        ended = subprocess.run(arguments, cwd=working, env=environment | dict(variables), capture_output=True, text=True)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        return {file.name: file.read_bytes() for file in working.iterdir() if file.name != "matplotlibrc"}
+
+    return drawn
+
+
+@pytest.mark.parametrize("case", OF_THE_USER)
+def test_nothing_of_the_users_gets_into_figures(case, drawn):
+    command, variables, settings = OF_THE_USER[case]
+    files = drawn(command, tuple(variables.items()), settings)
+    assert len(files) == (4 if command is PAPER_FIGURE else 1) and files == drawn(command)
 
 
 # --- The paper's figure --------------------------------------------------------------------------------------------------------------
