@@ -304,7 +304,7 @@ def draw_differences(points: Sequence[Point], notes: Sequence[str] = ()) -> Figu
     figure = new_figure(full_width, full_height)
     for row, metric in enumerate(metrics):
         of_metric = [point for point in points if point.metric == metric]
-        reach = 1.12 * max(max(abs(point.difference), np.nan_to_num(point.tolerance)) for point in of_metric)
+        reach = min(1.12 * max(max(abs(point.difference), np.nan_to_num(point.tolerance)) for point in of_metric), 100)
         for column, algorithm in enumerate(algorithms):
             panel = [point for point in of_metric if point.algorithm == algorithm]
             if not panel:

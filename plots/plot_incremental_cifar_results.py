@@ -95,8 +95,7 @@ def draw_metric(
         epoch_axis(axes, len(shown.axis))
     else:
         number_of_classes_axis(axes, np.unique(np.concatenate([shown.axis, *(curve.number_of_classes for curve in beneath.values())])))
-    if not metric.is_relative:
-        limit_to_possible_values(axes, metric.kind == "fraction")
+    limit_to_possible_values(axes, metric)
     axes.set_ylabel(metric.axis_label.format(units=shown.num_units))
     if metric.images:
         axes.set_title(metric.images, loc="left")

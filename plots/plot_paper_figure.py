@@ -116,8 +116,7 @@ def draw_panel(axes: Axes, name: str, shown: MetricCurves) -> None:
     number_of_classes_axis(axes, shown.axis)
     axes.margins(y=0.1)
     axes.autoscale_view(scalex=False)
-    if not metric.is_relative:
-        limit_to_possible_values(axes, metric.kind == "fraction")
+    limit_to_possible_values(axes, metric)
     axes.locator_params(axis="y", nbins=6)
     label_ends(axes, lines)
 

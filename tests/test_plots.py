@@ -103,6 +103,22 @@ def test_axes_of_values_that_cannot_be_negative_begin_at_zero(results, draw):
     assert [tick for tick in figure.axes[0].get_yticks() if bottom <= tick < 0] == []
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("metric", METRICS)
+def test_axes_end_where_values_end_and_lines_there_are_whole(results, draw, paper_figures, metric, value):
+    most = 16 if METRICS[metric].kind == "rank" else 1
+    for algorithm, index in ((BASE, 0), (BASE, 1), (RETRAINED, 0), (RETRAINED, 1)):
+        values = np.full(6 if METRICS[metric].per_epoch else 3, value if algorithm == BASE else 1 - value)
+        values[-1] -= 0.2 * index * values[-1]  # so that the band would reach beyond
+        store(results, algorithm, index, SMALL, **{METRICS[metric].folder: most * values})
+    figures = [draw(metric)[0], *(paper_figures(results)[0].values() if metric in (RELATIVE, RANK) else [])]
+    least = -100 if METRICS[metric].is_relative else 0
+    for axes in [axes for figure in figures for axes in figure.axes if axes.get_lines()]:
+        bottom, top = axes.get_ylim()
+        assert least <= bottom < top and (METRICS[metric].kind == "plain" or top <= 100)
+        assert all(line.get_tightbbox().bounds == line.get_window_extent().bounds for line in axes.get_lines())
+
+
 def test_best_of_each_task_mean_and_band(results, draw):
     store(results, BASE, 0, SMALL, test_accuracy_per_epoch=[0.5, 0.7, 0.6, 0.4, 0.3, 0.3])
     store(results, BASE, 1, SMALL, test_accuracy_per_epoch=[0.9, 0.1, 0.2, 0.5, 0.1, 0.4])
