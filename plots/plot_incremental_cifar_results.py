@@ -48,7 +48,9 @@ from plots.run_results import (
     Metric,
     MetricCurves,
     add_results_argument,
+    algorithm_label,
     flattened,
+    legible,
     make_curves,
     read_runs,
     size_differences,
@@ -173,6 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             notes.append("These runs are another experiment than the paper's: " + "; ".join(sorted(differences)))
     for note in notes:
         print("Note: " + note)
+    if escaped := [f"{name!r} is {algorithm_label(name)}" for name in runs if legible(name) != name]:
+        print("Note: in the figure, characters that its font cannot show are escaped: " + ", ".join(escaped))
     with rc_context(STYLE):
         figure = draw_metric(metric, shown, parsed.per_epoch, published, notes)
     write_figure(figure, parsed.output)

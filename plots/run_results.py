@@ -16,6 +16,7 @@ Results of the released code store no sizes; then the paper's hold. n runs, p po
 import argparse
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -147,9 +148,20 @@ def task_bests(values: np.ndarray, epochs_per_task: int, best: Callable[..., np.
     return best(values[: num_tasks * epochs_per_task].reshape(num_tasks, epochs_per_task), axis=1)
 
 
+def legible(name: str) -> str:
+    """A name in which what the figures' font cannot show, or only in the wrong order, is escaped, as in \\u5b9e."""
+    from plots.plain_matplotlib import CHARACTERS  # here: a sweep reads the tables above, and draws nothing
+
+    def is_shown(character: str) -> bool:
+        is_right_to_left = unicodedata.bidirectional(character) in ("R", "AL", "AN")
+        return character in CHARACTERS and character.isprintable() and not is_right_to_left
+
+    return "".join(character if is_shown(character) else character.encode("unicode_escape").decode() for character in name)
+
+
 def algorithm_label(algorithm: str) -> str:
-    """An algorithm's name in the paper, or its folder's, shortened to what a legend can hold."""
-    label = ALGORITHM_LABELS.get(algorithm, algorithm)
+    """An algorithm's name in the paper, or its folder's, legible and shortened to what a legend can hold."""
+    label = ALGORITHM_LABELS.get(algorithm) or legible(algorithm)
     label = label if len(label) <= 40 else f"{label[:20]}…{label[-19:]}"  # long names often differ in their ends only
     return f"“{label}”" if label.startswith("_") else label  # Matplotlib leaves labels that begin with _ out of legends
 

@@ -18,6 +18,7 @@ from matplotlib.text import Text
 from incremental_cifar.command_line import run_script
 from plots import compare_with_paper, plot_incremental_cifar_results, plot_paper_figure
 from plots.drawing import COLOURS, STYLE, spread, strokes
+from plots.output_files import write_figure
 from plots.published_curves import read_published_curves
 from plots.run_results import ALGORITHM_LABELS, METRICS, algorithm_label, mean_and_standard_error
 
@@ -421,6 +422,27 @@ def test_formats_and_equal_bytes(results, capsys, tmp_path, suffix, start):
         assert [file.name for file in path.parent.iterdir()] == [path.name]
         contents.append(path.read_bytes())
     assert contents[0] == contents[1] and contents[0].startswith(start)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("größe β≥0.9 $x$", "größe β≥0.9 $x$"),
+        ("实验 1", r"\u5b9e\u9a8c 1"),
+        ("try 🚀", r"try \U0001f680"),
+        ("ניסוי", r"\u05e0\u05d9\u05e1\u05d5\u05d9"),  # the font has these, but Matplotlib draws them from left to right
+        ("a\nb\x1b[31m", r"a\nb\x1b[31m"),
+        ("caf\udce9", r"caf\udce9"),  # not UTF-8
+    ],
+)
+def test_names_that_the_font_cannot_show_are_escaped_with_one_note(results, tmp_path, draw, name, label):
+    store(results, name, 0, SMALL, test_accuracy_per_epoch=[0.5] * 4)
+    figure, out = draw(ACCURACY, "--algorithms", name)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"{label} (1 run)"]
+    note = f"Note: in the figure, characters that its font cannot show are escaped: {name!r} is {label}\n" if name != label else ""
+    assert out == f"Note: {label}: index 0 has only 2 of 3 tasks\n" + note
+    write_figure(figure, *(tmp_path / f"figure{suffix}" for suffix in (".png", ".svg", ".pdf")))
 
 
 def test_default_output_is_beside_the_script():
