@@ -486,6 +486,8 @@ def describe_results(run: Run, results: dict[str, np.ndarray], done: str) -> str
             nothing_shown = task == 0 and shown == "previous_tasks"
             line += f" {'-':>9} {'-':>9} {'-':>10}" if nothing_shown else f" {100 * dormant:9.2f} {stable:9.0f} {effective:10.1f}"
         lines.append(line)
+    if not run.files.config_file.is_file():
+        lines.append(f"There is no {run.files.config_file.parent.name}/{run.files.config_file.name}: taken to be of the paper's sizes.")
     if run.has_final_network:
         lines.append(f"Test accuracy of the final network: {100 * results[ACCURACY_PER_CLASS].mean():.2f} %")
     else:

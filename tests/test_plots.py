@@ -37,15 +37,14 @@ def results(tmp_path):
 
 
 def store(results, algorithm, index, sizes=None, **metrics):
-    """Write metrics of one run as float32, and its config with these sizes; None: no config, as released."""
+    """Write metrics of one run as float32, and its config with these sizes; None: with none, as released."""
     folder = results / algorithm
     for metric, values in metrics.items():
         (folder / metric).mkdir(parents=True, exist_ok=True)
         np.save(folder / metric / f"index-{index}.npy", np.asarray(values, dtype=np.float32))
-    if sizes is not None:
-        (folder / "config_files").mkdir(parents=True, exist_ok=True)
-        config = sizes | {"stepsize": 0.1, "a_key_of_another_version": [1]}
-        (folder / "config_files" / f"index-{index}.json").write_text(json.dumps(config))
+    (folder / "config_files").mkdir(parents=True, exist_ok=True)
+    config = (sizes or {}) | {"stepsize": 0.1, "a_key_of_another_version": [1]}
+    (folder / "config_files" / f"index-{index}.json").write_text(json.dumps(config))
 
 
 def run(script, capsys, *arguments):
@@ -355,9 +354,8 @@ def test_released_results_have_the_papers_sizes(results, draw, capsys, tmp_path)
     for algorithm, values in zip((BASE, RETRAINED), accuracies, strict=True):
         store(results, algorithm, 0, test_accuracy_per_epoch=values, **{RANK: np.linspace(512, 256, 20)})
         np.save(results / algorithm / "experiment_indices.npy", np.array(0))
-    (results / BASE / "config_files").mkdir()
-    (results / BASE / "config_files" / "index-0.json").write_text('{"stepsize": 0.1, "num_workers": 12}')
-    figure, _ = draw(RELATIVE)
+    figure, out = draw(RELATIVE)
+    assert "Note" not in out
     bests = accuracies.reshape(2, 20, 200).max(axis=2)
     expected = (100 * (bests[0] - bests[1])).tolist()
     assert line_values(lines_of(figure)["Base deep learning system (1 run)"]) == (list(range(5, 101, 5)), expected)
@@ -368,6 +366,36 @@ def test_released_results_have_the_papers_sizes(results, draw, capsys, tmp_path)
     for script in (plot_paper_figure, compare_with_paper):
         status, _, err = run(script, capsys, "--results_dir", results, "--output-dir", tmp_path)
         assert status == 0 and not err
+
+
+def test_without_config_files_the_papers_sizes_are_assumed_and_said_so(results, draw, capsys, tmp_path):
+    for index, algorithm in ((0, BASE), (1, BASE), (0, CBP), (0, RETRAINED), (1, RETRAINED)):
+        store(results, algorithm, index, test_accuracy_per_epoch=np.full(4000, 0.5), **{RANK: np.full(20, 256)})
+    for algorithm in (BASE, RETRAINED):
+        (results / algorithm / "config_files" / "index-0.json").unlink()
+    remark = "Taken to be of the paper's sizes, as config_files/ holds none of: Base deep learning system index 0"
+    retrained = ", Retrained network index 0"
+    for metric in (RELATIVE, ACCURACY, RANK):
+        figure, out = draw(metric)
+        assert out == f"Note: {remark}{retrained}\n" and " ".join(figure.texts[0].get_text().split()) == remark + retrained
+        assert all(len(line.get_xdata()) in (2, 20) for line in lines_of(figure).values())
+    status, out, _ = run(plot_paper_figure, capsys, "--results_dir", results, "--output-dir", tmp_path)
+    assert status == 0 and f"Note: Panel a: {remark}{retrained}.\n" in out and f"Note: Panel c: {remark}.\n" in out
+    status, out, _ = run(compare_with_paper, capsys, "--results_dir", results, "--output-dir", tmp_path)
+    assert status == 0 and f"Note: stable_rank: {remark}\n" in out
+
+
+@pytest.mark.parametrize(
+    ("metric", "length"), [(ACCURACY, 400), (ACCURACY, 3999), (ACCURACY, 4001), (RANK, 2), (RANK, 21), ("weight_magnitude_analysis", 19)]
+)
+def test_without_config_files_other_lengths_than_the_papers_are_refused(results, capsys, tmp_path, metric, length):
+    store(results, BASE, 0, **{metric: np.full(length, 0.5)})
+    config_file(results).unlink()
+    message = f"{BASE}/{metric}/index-0.npy: holds {length:,} values, not the paper's "
+    before = everything_in(tmp_path)
+    arguments = ["--results_dir", results, "--metric", metric, "--output", tmp_path / "figure.svg"]
+    assert_one_line(*run(plot_incremental_cifar_results, capsys, *arguments), message)
+    assert everything_in(tmp_path) == before
 
 
 def test_default_algorithms_are_the_papers_in_order_then_others(results, draw):

@@ -350,8 +350,11 @@ def test_results_in_the_released_layout_are_analysed(tmp_path, monkeypatch, caps
     assert results["weight_magnitude_analysis"] == pytest.approx(0.02161, abs=1e-5)
     assert (results["next_task_stable_rank_analysis"] <= num_images).all()
     (folder / "config_files" / f"index-{index}.json").unlink()
+    assert "There is no config_files/" not in capsys.readouterr().out
     assert analyse(folder, "--data_path", str(tmp_path)) == 0  # without any stored config the paper's sizes hold as well
-    assert "analysed before" in capsys.readouterr().out and len(asked) == 1
+    output = capsys.readouterr().out
+    assert "analysed before" in output and f"There is no config_files/index-{index}.json: taken to be of the paper's sizes.\n" in output
+    assert len(asked) == 1
 
 
 # --- What it refuses -------------------------------------------------------------------------------------------------------------
