@@ -27,7 +27,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -295,40 +295,66 @@ def model_digest(path: Path) -> str:
 def load_model(path: Path, network: ResNet18 | None, random_seed: int, device: torch.device) -> ResNet18:
     """Fill a network, or a new one of the stored width if there is none yet, with a stored state dict.
 
-    Raises UserError if the file cannot be read, is not a network of this kind and size, or holds a value that is not finite. Nothing in
-    the file is executed.
+    The state dict may lie in other dicts, and all its names may begin alike, as those of wrapped networks do ("module.", "_orig_mod.").
+    Raises UserError if the file cannot be read, holds no network of this kind and size or several, or a value that is not finite. Nothing
+    in the file is executed.
     """
     try:
         with warnings.catch_warnings():  # a damaged file is one error, without warnings beside it
             warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, depending on where a file is damaged
         reason = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({type(error).__name__})"
+        if match := re.search(r"GLOBAL ([\w.]+)|(TorchScript)", str(error)):
+            what = match[1] or match[2]
+            reason = f"cannot be read: restoring its {what} takes running code from the file; store the network's state_dict() instead"
         raise UserError(f"{path}: this model {reason}") from None
-    if not isinstance(state, dict) or not all(_is_plain_tensor(tensor) for tensor in state.values()):
-        raise UserError(f"{path}: not a state dict, that is, tensors by name")
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: not a state dict, that is, tensors by name, but a {type(stored).__name__}")
+    if "sha256" in stored:  # the end of a task may have reset its network already
+        raise UserError(f"{path}: a checkpoint, which a run resumes from, and not a model")
+    values = dict(_values_by_name(stored))
+    pattern = re.compile(r"(?:.*\.)?(?<!layer\d\.\d\.)conv1\.weight")  # of a network, not of its blocks
+    starts = [name.removesuffix("conv1.weight") for name in values if pattern.fullmatch(name)] or [""]
+    if len(starts) > 1:
+        names = ", ".join(f"{start}*" for start in starts)
+        raise UserError(f"{path}: holds {len(starts)} networks ({names}); store the one to be analysed alone")
+    state = {name.removeprefix(starts[0]): value for name, value in values.items() if name.startswith(starts[0])}
     first = state.get("conv1.weight")
     if network is None:
-        if first is None or first.dim() != 4 or not RULES["network_width"][0](len(first)):
+        if not _is_plain_tensor(first) or first.dim() != 4 or not RULES["network_width"][0](len(first)):
             raise UserError(f"{path}: a model of another network; conv1.weight is {_shape(first)}, not (width, 3, 3, 3)")
         network = build_network(random_seed, width=len(first)).to(device, memory_format=torch.channels_last)
     expected = network.state_dict()
     for name in [*expected, *state]:
-        mine, stored = expected.get(name), state.get(name)
-        if _shape(mine) != _shape(stored) or mine.dtype != stored.dtype:
-            raise UserError(f"{path}: a model of another network; {name} is {_shape(stored)}, expected {_shape(mine)}")
-        if not torch.isfinite(stored).all():
+        mine, value = expected.get(name), state.get(name)
+        if _shape(mine) != _shape(value):
+            is_another = mine is None or not _is_plain_tensor(value) or mine.shape != value.shape
+            what = "of another network" if is_another else "in another precision"
+            raise UserError(f"{path}: a model {what}; {name} is {_shape(value)}, expected {_shape(mine)}")
+        if not torch.isfinite(value).all():
             raise UserError(f"{path}: {name} holds values that are not finite; the run diverged, or the file is damaged")
     network.load_state_dict(state)
     return network
 
 
+def _values_by_name(value: object, name: str = "", depth: int = 4) -> Iterator[tuple[str, object]]:
+    """What is in a dict, and in the dicts in it down to this depth, None excepted, each under the names that lead to it, joined by dots."""
+    if isinstance(value, dict) and depth > 0:
+        for key, item in value.items():
+            yield from _values_by_name(item, f"{name}.{key}" if name else str(key), depth - 1)
+    elif value is not None:
+        yield name, value
+
+
 def _is_plain_tensor(value: object) -> bool:
-    return isinstance(value, Tensor) and value.device.type == "cpu" and value.layout == torch.strided and not value.is_quantized
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized and not value.is_meta
 
 
-def _shape(tensor: Tensor | None) -> str:
-    return "not there" if tensor is None else f"{tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
+def _shape(value: object) -> str:
+    if value is None:
+        return "not there"
+    return f"{tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}" if _is_plain_tensor(value) else "no plain tensor"
 
 
 # --- The analysis ----------------------------------------------------------------------------------------------------------------
@@ -486,6 +512,8 @@ def describe_results(run: Run, results: dict[str, np.ndarray], done: str) -> str
             nothing_shown = task == 0 and shown == "previous_tasks"
             line += f" {'-':>9} {'-':>9} {'-':>10}" if nothing_shown else f" {100 * dormant:9.2f} {stable:9.0f} {effective:10.1f}"
         lines.append(line)
+    if not run.files.config_file.is_file():
+        lines.append(f"There is no {run.files.config_file.parent.name}/{run.files.config_file.name}: taken to be of the paper's sizes.")
     if run.has_final_network:
         lines.append(f"Test accuracy of the final network: {100 * results[ACCURACY_PER_CLASS].mean():.2f} %")
     else:

@@ -26,8 +26,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # the parts are found wherever this script is called from
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from incremental_cifar.command_line import OneLineArgumentParser, run_script
 from incremental_cifar.safe_files import check_destinations, write_file
@@ -45,6 +43,7 @@ from plots.drawing import (
     wrapped,
 )
 from plots.output_files import write_figure
+from plots.plain_matplotlib import Figure, rc_context
 from plots.published_curves import PublishedCurve, read_published_curves
 from plots.run_results import (
     ALGORITHM_LABELS,
@@ -305,7 +304,7 @@ def draw_differences(points: Sequence[Point], notes: Sequence[str] = ()) -> Figu
     figure = new_figure(full_width, full_height)
     for row, metric in enumerate(metrics):
         of_metric = [point for point in points if point.metric == metric]
-        reach = 1.12 * max(max(abs(point.difference), np.nan_to_num(point.tolerance)) for point in of_metric)
+        reach = min(1.12 * max(max(abs(point.difference), np.nan_to_num(point.tolerance)) for point in of_metric), 100)
         for column, algorithm in enumerate(algorithms):
             panel = [point for point in of_metric if point.algorithm == algorithm]
             if not panel:

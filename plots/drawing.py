@@ -9,20 +9,24 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.text import Text
-from matplotlib.ticker import StrMethodFormatter
-from matplotlib.transforms import ScaledTranslation
 
+from plots.plain_matplotlib import (
+    DEFAULTS,
+    FONT,
+    Axes,
+    Figure,
+    FigureCanvasAgg,
+    Line2D,
+    Patch,
+    ScaledTranslation,
+    StrMethodFormatter,
+    Text,
+)
 from plots.published_curves import PublishedCurve
-from plots.run_results import RETRAINED, Curve, algorithm_label, mean_and_standard_error
+from plots.run_results import RETRAINED, Curve, Metric, algorithm_label, mean_and_standard_error
 
-STYLE = {
-    "font.family": "DejaVu Sans",  # comes with Matplotlib: the same figure on every machine
+STYLE = DEFAULTS | {
+    "font.family": FONT,
     "font.size": 7,
     "axes.labelsize": 7,
     "axes.titlesize": 7,
@@ -129,14 +133,16 @@ def epoch_axis(axes: Axes, num_epochs: int) -> None:
     axes.set_xlabel("Epoch")
 
 
-def limit_to_possible_values(axes: Axes, is_percent: bool) -> None:
-    """End the vertical axis at 0 for values that cannot be negative; where all are 0, show 0 to 1 % rather than a blown-up nothing."""
+def limit_to_possible_values(axes: Axes, metric: Metric) -> None:
+    """End the vertical axis where values end; lines there are drawn whole. Where all are 0 %, show 0 to 1 % and no blown-up nothing."""
     axes.autoscale_view(scalex=False)
     bottom, top = axes.get_ylim()
-    if bottom < 0:
-        top = max(top, 1.0) if is_percent else top
-        bottom = -0.03 * top  # the line at 0 is drawn whole
-    axes.set_ylim(bottom, top)
+    least, most = (-100.0 if metric.is_relative else 0.0), (np.inf if metric.kind == "plain" else 100.0)
+    if bottom < 0 and metric.kind == "fraction" and not metric.is_relative:
+        top = max(top, 1.0)
+    axes.set_ylim(max(bottom, least), min(top, most))
+    for line in axes.get_lines():
+        line.set_clip_on(False)
 
 
 def wrapped(notes: Sequence[str], width: float) -> list[str]:

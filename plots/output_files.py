@@ -3,12 +3,10 @@
 import io
 from pathlib import Path
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-
 from incremental_cifar.config import UserError
 from incremental_cifar.safe_files import check_destinations, write_file
 from plots.drawing import STYLE
+from plots.plain_matplotlib import Figure, rc_context
 
 # Per format, the entries that would differ from one call to the next.
 METADATA = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}

@@ -15,9 +15,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # the parts are found wherever this script is called from
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.artist import Artist
-from matplotlib.figure import Figure
 
 from incremental_cifar.command_line import OneLineArgumentParser, run_script
 from incremental_cifar.config import UserError
@@ -43,6 +40,7 @@ from plots.drawing import (
     wrapped,
 )
 from plots.output_files import SUFFIXES, check_figure_path, write_figure
+from plots.plain_matplotlib import Artist, Figure, rc_context
 from plots.published_curves import PublishedCurve, read_published_curves
 from plots.run_results import (
     METRICS,
@@ -50,7 +48,9 @@ from plots.run_results import (
     Metric,
     MetricCurves,
     add_results_argument,
+    algorithm_label,
     flattened,
+    legible,
     make_curves,
     read_runs,
     size_differences,
@@ -97,8 +97,7 @@ def draw_metric(
         epoch_axis(axes, len(shown.axis))
     else:
         number_of_classes_axis(axes, np.unique(np.concatenate([shown.axis, *(curve.number_of_classes for curve in beneath.values())])))
-    if not metric.is_relative:
-        limit_to_possible_values(axes, metric.kind == "fraction")
+    limit_to_possible_values(axes, metric)
     axes.set_ylabel(metric.axis_label.format(units=shown.num_units))
     if metric.images:
         axes.set_title(metric.images, loc="left")
@@ -176,6 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             notes.append("These runs are another experiment than the paper's: " + "; ".join(sorted(differences)))
     for note in notes:
         print("Note: " + note)
+    if escaped := [f"{name!r} is {algorithm_label(name)}" for name in runs if legible(name) != name]:
+        print("Note: in the figure, characters that its font cannot show are escaped: " + ", ".join(escaped))
     with rc_context(STYLE):
         figure = draw_metric(metric, shown, parsed.per_epoch, published, notes)
     write_figure(figure, parsed.output)

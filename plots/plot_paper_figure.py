@@ -16,10 +16,6 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # the parts are found wherever this script is called from
 
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 from incremental_cifar.command_line import OneLineArgumentParser, run_script
 from incremental_cifar.config import UserError
 from incremental_cifar.safe_files import check_destinations
@@ -43,6 +39,7 @@ from plots.drawing import (
     wrapped,
 )
 from plots.output_files import write_figure
+from plots.plain_matplotlib import Axes, Figure, rc_context
 from plots.run_results import (
     ALGORITHM_LABELS,
     METRICS,
@@ -119,8 +116,7 @@ def draw_panel(axes: Axes, name: str, shown: MetricCurves) -> None:
     number_of_classes_axis(axes, shown.axis)
     axes.margins(y=0.1)
     axes.autoscale_view(scalex=False)
-    if not metric.is_relative:
-        limit_to_possible_values(axes, metric.kind == "fraction")
+    limit_to_possible_values(axes, metric)
     axes.locator_params(axis="y", nbins=6)
     label_ends(axes, lines)
 

@@ -10,12 +10,15 @@ of task i's new classes. It is drawn at task i too, the task about to be trained
 published_curves.csv: at 5 classes all its algorithms have a stable rank of 95.55 to 95.58 % and no dormant unit, which are the numbers of
 initial networks; at 10 classes come the networks that know 5.
 
-Results of the released code store no sizes; then the paper's hold. n runs, p points (tasks or epochs). Nothing is unpickled.
+Config files of the released code store no sizes; then the paper's hold. Without a config file, only arrays of the paper's length are taken,
+with a remark. n runs, p points (tasks or epochs). Nothing is unpickled.
 """
 
 import argparse
 import os
 import re
+import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -96,6 +99,7 @@ class Run(NamedTuple):
     algorithm: str
     index: int
     sizes: Config  # only the keys of SIZE_KEYS are this run's; the paper's where its config does not say
+    has_config: bool  # whether there is a config file
     analysis: AnalysisSettings | None  # None for metrics that do not depend on them
     values: np.ndarray  # (epochs or tasks so far,) float64, in the unit of the axis; NaN where a task is not analysed yet
 
@@ -147,9 +151,20 @@ def task_bests(values: np.ndarray, epochs_per_task: int, best: Callable[..., np.
     return best(values[: num_tasks * epochs_per_task].reshape(num_tasks, epochs_per_task), axis=1)
 
 
+def legible(name: str) -> str:
+    """A name in which what the figures' font cannot show, or only in the wrong order, is escaped, as in \\u5b9e."""
+    from plots.plain_matplotlib import CHARACTERS  # here: a sweep reads the tables above, and draws nothing
+
+    def is_shown(character: str) -> bool:
+        is_right_to_left = unicodedata.bidirectional(character) in ("R", "AL", "AN")
+        return character in CHARACTERS and character.isprintable() and not is_right_to_left
+
+    return "".join(character if is_shown(character) else character.encode("unicode_escape").decode() for character in name)
+
+
 def algorithm_label(algorithm: str) -> str:
-    """An algorithm's name in the paper, or its folder's, shortened to what a legend can hold."""
-    label = ALGORITHM_LABELS.get(algorithm, algorithm)
+    """An algorithm's name in the paper, or its folder's, legible and shortened to what a legend can hold."""
+    label = ALGORITHM_LABELS.get(algorithm) or legible(algorithm)
     label = label if len(label) <= 40 else f"{label[:20]}…{label[-19:]}"  # long names often differ in their ends only
     return f"“{label}”" if label.startswith("_") else label  # Matplotlib leaves labels that begin with _ out of legends
 
@@ -208,19 +223,27 @@ def _indices(results_dir: Path, algorithm: str, metric: Metric) -> list[int]:
 
 def _read_run(results_dir: Path, algorithm: str, index: int, metric: Metric) -> Run:
     folder = results_dir / algorithm
-    sizes, _ = read_sizes(folder / "config_files" / f"index-{index}.json")
+    config_file = folder / "config_files" / f"index-{index}.json"
+    sizes, _ = read_sizes(config_file)
+    has_config = config_file.is_file()
     num_units = LAST_LAYER_WIDTHS * sizes.network_width
     longest = sizes.num_tasks * (sizes.epochs_per_task if metric.per_epoch else 1)
     most, scale = {"fraction": (1.0, 100.0), "rank": (float(num_units), 100.0 / num_units), "plain": (np.inf, 1.0)}[metric.kind]
     path = folder / metric.folder / f"index-{index}.npy"
-    values = read_values(path, longest, "epochs" if metric.per_epoch else "tasks", most)
+    points = "epochs" if metric.per_epoch else "tasks"
+    values = read_values(path, longest if has_config else sys.maxsize, points, most)
+    if len(values) != longest and not has_config:
+        raise UserError(
+            f"{path}: holds {len(values):,} values, not the paper's {longest:,} {points}, and there is no {config_file} to say what they "
+            "are; copy it too"
+        )
     missing = np.flatnonzero(np.isnan(values))
     if metric.per_epoch and len(missing):
         raise UserError(f"{path}: the value of epoch {missing[0] + 1} is not a number")
     if not metric.has_first_task:
         values[:1] = np.nan
     analysis = read_analysis_settings(folder / "analysis_settings" / f"index-{index}.json") if metric.images else None
-    return Run(algorithm, index, sizes, analysis, values * scale)
+    return Run(algorithm, index, sizes, has_config, analysis, values * scale)
 
 
 def read_analysis_settings(path: Path) -> AnalysisSettings:
@@ -281,7 +304,13 @@ def make_curves(runs: dict[str, list[Run]], metric: Metric, per_epoch: bool = Fa
     spacing = 1 if per_epoch else next((run.sizes.classes_per_task for run in flattened(runs)), 1)
     num_hidden = 0 if metric.has_first_task else 1  # points that a run has but that are not drawn
 
-    curves, remarks = [], []
+    without_config = [
+        f"{algorithm_label(algorithm)} {indices_text(indices)}"
+        for algorithm, of_algorithm in runs.items()
+        if (indices := [run.index for run in of_algorithm if not run.has_config])
+    ]
+    curves = []
+    remarks = [f"Taken to be of the paper's sizes, as config_files/ holds none of: {', '.join(without_config)}"] if without_config else []
     short_retrained: dict[int, tuple[int, int]] = {}
     for algorithm in runs:
         if metric.is_relative and algorithm == RETRAINED:

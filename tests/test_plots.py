@@ -1,5 +1,6 @@
 """The scripts in plots/: what they draw, read from Matplotlib's artists, equals what is stored; and bad input is one line."""
 
+import functools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from matplotlib.text import Text
 from incremental_cifar.command_line import run_script
 from plots import compare_with_paper, plot_incremental_cifar_results, plot_paper_figure
 from plots.drawing import COLOURS, STYLE, spread, strokes
+from plots.output_files import write_figure
 from plots.published_curves import read_published_curves
 from plots.run_results import ALGORITHM_LABELS, METRICS, algorithm_label, mean_and_standard_error
 
@@ -35,15 +37,14 @@ def results(tmp_path):
 
 
 def store(results, algorithm, index, sizes=None, **metrics):
-    """Write metrics of one run as float32, and its config with these sizes; None: no config, as released."""
+    """Write metrics of one run as float32, and its config with these sizes; None: with none, as released."""
     folder = results / algorithm
     for metric, values in metrics.items():
         (folder / metric).mkdir(parents=True, exist_ok=True)
         np.save(folder / metric / f"index-{index}.npy", np.asarray(values, dtype=np.float32))
-    if sizes is not None:
-        (folder / "config_files").mkdir(parents=True, exist_ok=True)
-        config = sizes | {"stepsize": 0.1, "a_key_of_another_version": [1]}
-        (folder / "config_files" / f"index-{index}.json").write_text(json.dumps(config))
+    (folder / "config_files").mkdir(parents=True, exist_ok=True)
+    config = (sizes or {}) | {"stepsize": 0.1, "a_key_of_another_version": [1]}
+    (folder / "config_files" / f"index-{index}.json").write_text(json.dumps(config))
 
 
 def run(script, capsys, *arguments):
@@ -100,6 +101,22 @@ def test_axes_of_values_that_cannot_be_negative_begin_at_zero(results, draw):
     bottom, top = figure.axes[0].get_ylim()
     assert top == 1.0 and -0.05 < bottom <= 0
     assert [tick for tick in figure.axes[0].get_yticks() if bottom <= tick < 0] == []
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("metric", METRICS)
+def test_axes_end_where_values_end_and_lines_there_are_whole(results, draw, paper_figures, metric, value):
+    most = 16 if METRICS[metric].kind == "rank" else 1
+    for algorithm, index in ((BASE, 0), (BASE, 1), (RETRAINED, 0), (RETRAINED, 1)):
+        values = np.full(6 if METRICS[metric].per_epoch else 3, value if algorithm == BASE else 1 - value)
+        values[-1] -= 0.2 * index * values[-1]  # so that the band would reach beyond
+        store(results, algorithm, index, SMALL, **{METRICS[metric].folder: most * values})
+    figures = [draw(metric)[0], *(paper_figures(results)[0].values() if metric in (RELATIVE, RANK) else [])]
+    least = -100 if METRICS[metric].is_relative else 0
+    for axes in [axes for figure in figures for axes in figure.axes if axes.get_lines()]:
+        bottom, top = axes.get_ylim()
+        assert least <= bottom < top and (METRICS[metric].kind == "plain" or top <= 100)
+        assert all(line.get_tightbbox().bounds == line.get_window_extent().bounds for line in axes.get_lines())
 
 
 def test_best_of_each_task_mean_and_band(results, draw):
@@ -337,9 +354,8 @@ def test_released_results_have_the_papers_sizes(results, draw, capsys, tmp_path)
     for algorithm, values in zip((BASE, RETRAINED), accuracies, strict=True):
         store(results, algorithm, 0, test_accuracy_per_epoch=values, **{RANK: np.linspace(512, 256, 20)})
         np.save(results / algorithm / "experiment_indices.npy", np.array(0))
-    (results / BASE / "config_files").mkdir()
-    (results / BASE / "config_files" / "index-0.json").write_text('{"stepsize": 0.1, "num_workers": 12}')
-    figure, _ = draw(RELATIVE)
+    figure, out = draw(RELATIVE)
+    assert "Note" not in out
     bests = accuracies.reshape(2, 20, 200).max(axis=2)
     expected = (100 * (bests[0] - bests[1])).tolist()
     assert line_values(lines_of(figure)["Base deep learning system (1 run)"]) == (list(range(5, 101, 5)), expected)
@@ -350,6 +366,36 @@ def test_released_results_have_the_papers_sizes(results, draw, capsys, tmp_path)
     for script in (plot_paper_figure, compare_with_paper):
         status, _, err = run(script, capsys, "--results_dir", results, "--output-dir", tmp_path)
         assert status == 0 and not err
+
+
+def test_without_config_files_the_papers_sizes_are_assumed_and_said_so(results, draw, capsys, tmp_path):
+    for index, algorithm in ((0, BASE), (1, BASE), (0, CBP), (0, RETRAINED), (1, RETRAINED)):
+        store(results, algorithm, index, test_accuracy_per_epoch=np.full(4000, 0.5), **{RANK: np.full(20, 256)})
+    for algorithm in (BASE, RETRAINED):
+        (results / algorithm / "config_files" / "index-0.json").unlink()
+    remark = "Taken to be of the paper's sizes, as config_files/ holds none of: Base deep learning system index 0"
+    retrained = ", Retrained network index 0"
+    for metric in (RELATIVE, ACCURACY, RANK):
+        figure, out = draw(metric)
+        assert out == f"Note: {remark}{retrained}\n" and " ".join(figure.texts[0].get_text().split()) == remark + retrained
+        assert all(len(line.get_xdata()) in (2, 20) for line in lines_of(figure).values())
+    status, out, _ = run(plot_paper_figure, capsys, "--results_dir", results, "--output-dir", tmp_path)
+    assert status == 0 and f"Note: Panel a: {remark}{retrained}.\n" in out and f"Note: Panel c: {remark}.\n" in out
+    status, out, _ = run(compare_with_paper, capsys, "--results_dir", results, "--output-dir", tmp_path)
+    assert status == 0 and f"Note: stable_rank: {remark}\n" in out
+
+
+@pytest.mark.parametrize(
+    ("metric", "length"), [(ACCURACY, 400), (ACCURACY, 3999), (ACCURACY, 4001), (RANK, 2), (RANK, 21), ("weight_magnitude_analysis", 19)]
+)
+def test_without_config_files_other_lengths_than_the_papers_are_refused(results, capsys, tmp_path, metric, length):
+    store(results, BASE, 0, **{metric: np.full(length, 0.5)})
+    config_file(results).unlink()
+    message = f"{BASE}/{metric}/index-0.npy: holds {length:,} values, not the paper's "
+    before = everything_in(tmp_path)
+    arguments = ["--results_dir", results, "--metric", metric, "--output", tmp_path / "figure.svg"]
+    assert_one_line(*run(plot_incremental_cifar_results, capsys, *arguments), message)
+    assert everything_in(tmp_path) == before
 
 
 def test_default_algorithms_are_the_papers_in_order_then_others(results, draw):
@@ -406,6 +452,27 @@ def test_formats_and_equal_bytes(results, capsys, tmp_path, suffix, start):
     assert contents[0] == contents[1] and contents[0].startswith(start)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("größe β≥0.9 $x$", "größe β≥0.9 $x$"),
+        ("实验 1", r"\u5b9e\u9a8c 1"),
+        ("try 🚀", r"try \U0001f680"),
+        ("ניסוי", r"\u05e0\u05d9\u05e1\u05d5\u05d9"),  # the font has these, but Matplotlib draws them from left to right
+        ("a\nb\x1b[31m", r"a\nb\x1b[31m"),
+        ("caf\udce9", r"caf\udce9"),  # not UTF-8
+    ],
+)
+def test_names_that_the_font_cannot_show_are_escaped_with_one_note(results, tmp_path, draw, name, label):
+    store(results, name, 0, SMALL, test_accuracy_per_epoch=[0.5] * 4)
+    figure, out = draw(ACCURACY, "--algorithms", name)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"{label} (1 run)"]
+    note = f"Note: in the figure, characters that its font cannot show are escaped: {name!r} is {label}\n" if name != label else ""
+    assert out == f"Note: {label}: index 0 has only 2 of 3 tasks\n" + note
+    write_figure(figure, *(tmp_path / f"figure{suffix}" for suffix in (".png", ".svg", ".pdf")))
+
+
 def test_default_output_is_beside_the_script():
     parsed = plot_incremental_cifar_results.parse_arguments(["--metric", RANK])
     assert parsed.output == REPOSITORY / "plots" / f"{RANK}.svg" and parsed.results_dir == REPOSITORY / "results"
@@ -423,6 +490,51 @@ def test_scripts_run_from_anywhere(results, tmp_path):
     command = [sys.executable, str(script), "--results_dir", "results", "--metric", RANK, "--output", "rank.svg"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / "rank.svg").is_file()
+
+
+PAPER_FIGURE = ("plot_paper_figure.py", "--output-dir", ".")
+PDF = ("plot_incremental_cifar_results.py", "--metric", RANK, "--output", "rank.pdf")
+# A command, and what of the user's reaches Matplotlib: environment variables, and a matplotlibrc in the working directory.
+OF_THE_USER = {
+    "backend of a notebook": (PDF, {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, b""),
+    "dark and with TeX": (
+        PAPER_FIGURE,
+        {},
+        b"text.usetex: True\nfigure.facecolor: black\nsavefig.facecolor: black\nsavefig.bbox: tight\npath.sketch: 1, 100, 2\n"
+        b"lines.marker: x\naxes.ymargin: 0.5\naxes.formatter.use_locale: True\nsvg.fonttype: none\npdf.compression: 0\n",
+    ),
+    "faulty settings": (PDF, {}, b"no colon\nno.such.key: 1\nfont.size: large\nbackend: none\n"),
+    "not text": (PDF, {}, b"\xff\xfe"),
+    "nowhere to write": (PDF, {"MPLCONFIGDIR": os.devnull, "MATPLOTLIBRC": "/nowhere"}, b""),
+}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """The files that the scripts write, in processes of their own, for these variables and settings of Matplotlib: name to content."""
+    folder = tmp_path_factory.mktemp("figures")
+    store(folder / "results", BASE, 0, SMALL, test_accuracy_per_epoch=[0.5, 0.7, 0.6, 0.4, 0.3, 0.3], **{RANK: [16, 8, 4]})
+
+    @functools.cache
+    def drawn(command, variables=(), settings=b""):
+        working = folder / f"working-{len(os.listdir(folder))}"
+        working.mkdir()
+        if settings:
+            (working / "matplotlibrc").write_bytes(settings)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("MPL", "MATPLOTLIB"))}
+        arguments = [sys.executable, REPOSITORY / "plots" / command[0], "--results_dir", "../results", *command[1:]]
+        ended = subprocess.run(arguments, cwd=working, env=environment | dict(variables), capture_output=True, text=True)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        return {file.name: file.read_bytes() for file in working.iterdir() if file.name != "matplotlibrc"}
+
+    return drawn
+
+
+@pytest.mark.parametrize("case", OF_THE_USER)
+def test_nothing_of_the_users_gets_into_figures(case, drawn):
+    command, variables, settings = OF_THE_USER[case]
+    files = drawn(command, tuple(variables.items()), settings)
+    assert len(files) == (4 if command is PAPER_FIGURE else 1) and files == drawn(command)
 
 
 # --- The paper's figure --------------------------------------------------------------------------------------------------------------

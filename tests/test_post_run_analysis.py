@@ -350,8 +350,33 @@ def test_results_in_the_released_layout_are_analysed(tmp_path, monkeypatch, caps
     assert results["weight_magnitude_analysis"] == pytest.approx(0.02161, abs=1e-5)
     assert (results["next_task_stable_rank_analysis"] <= num_images).all()
     (folder / "config_files" / f"index-{index}.json").unlink()
+    assert "There is no config_files/" not in capsys.readouterr().out
     assert analyse(folder, "--data_path", str(tmp_path)) == 0  # without any stored config the paper's sizes hold as well
-    assert "analysed before" in capsys.readouterr().out and len(asked) == 1
+    output = capsys.readouterr().out
+    assert "analysed before" in output and f"There is no config_files/index-{index}.json: taken to be of the paper's sizes.\n" in output
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: started(state, "module."),
+        lambda state: started(state, "_orig_mod."),
+        lambda state: {"state_dict": started(state, "_orig_mod.module."), "optimizer": {"state": {0: torch.ones(2)}}, "epoch": 4},
+        lambda state: {**started(state, "module."), "n_averaged": torch.tensor(3)},
+        lambda state: {"checkpoint": {"model_state_dict": state, "loss": [0.5]}},
+        lambda state: {"network": state, "epoch": 4, "scheduler": None},
+        lambda state: {**state, "ema": None},
+    ],
+)
+def test_models_of_wrapped_networks_are_those_networks(wrap, experiment):
+    assert analyse(experiment) == 0
+    results = analysis_of(experiment)
+    for epoch in range(0, NUM_TASKS * EPOCHS + 1, EPOCHS):
+        change_model(experiment, wrap, epoch)
+    assert analyse(experiment, "--overwrite") == 0
+    for metric, array in analysis_of(experiment).items():
+        assert array.tobytes() == results[metric].tobytes()
 
 
 # --- What it refuses -------------------------------------------------------------------------------------------------------------
@@ -371,6 +396,11 @@ def change_model(folder, change, epoch=EPOCHS):
     path = folder / "model_parameters" / f"index-0_epoch-{epoch}.pt"
     state = torch.load(path, weights_only=True)
     torch.save(change(state), path)
+
+
+def started(state, start):
+    """A state dict whose names begin with this."""
+    return {start + name: tensor for name, tensor in state.items()}
 
 
 def truncate(path):
@@ -425,7 +455,27 @@ BAD_FOLDERS = {
     "model is text": (lambda f: model(f, 8).write_text("hello"), "index-0_epoch-8.pt: this model cannot be read"),
     "model is empty": (lambda f: model(f, 0).write_bytes(b""), "index-0_epoch-0.pt: this model cannot be read"),
     "model is a list": (lambda f: change_model(f, lambda state: list(state.values())), "not a state dict"),
-    "model is a checkpoint": (lambda f: change_model(f, lambda state: {"network": state, "epoch": 4}), "not a state dict"),
+    "model is a checkpoint": (
+        lambda f: shutil.copy(f / "experiment_checkpoints" / "index-0_epoch-12.pt", model(f, 8)),
+        "index-0_epoch-8.pt: a checkpoint, which a run resumes from, and not a model",
+    ),
+    "two wrapped models": (
+        lambda f: change_model(f, lambda s: {"model": s, "ema": s}, 0),
+        "index-0_epoch-0.pt: holds 2 networks (model.*, ema.*); store the one to be analysed alone",
+    ),
+    "two models": (lambda f: change_model(f, lambda s: {**s, **started(s, "module.")}), "holds 2 networks (*, module.*)"),
+    "model of modules": (
+        lambda f: change_model(f, lambda s: ResNet18(2)),
+        "cannot be read: restoring its incremental_cifar.resnet.ResNet18 takes running code from the file; store the network's",
+    ),
+    "model of TorchScript": (
+        lambda f: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), model(f, 8)),
+        "index-0_epoch-8.pt: this model cannot be read: restoring its TorchScript takes",
+    ),
+    "wrapped model of another width": (
+        lambda f: change_model(f, lambda s: {"state_dict": started(ResNet18(4).state_dict(), "module.")}, 0),
+        "a model of network_width 4, but",
+    ),
     "first model of another network": (lambda f: change_model(f, lambda s: {"fc.bias": s["fc.bias"]}, 0), "conv1.weight is not there"),
     "model lacks a layer": (
         lambda f: change_model(f, lambda s: {k: v for k, v in s.items() if k != "fc.bias"}),
@@ -436,7 +486,15 @@ BAD_FOLDERS = {
         lambda f: change_model(f, lambda s: ResNet18(4).state_dict()),
         "another network; conv1.weight is (4, 3, 3, 3)",
     ),
-    "model in half precision": (lambda f: change_model(f, lambda s: {k: v.half() for k, v in s.items()}), "of float16, expected"),
+    "model in half precision": (
+        lambda f: change_model(f, lambda s: {k: v.half() for k, v in s.items()}),
+        "a model in another precision; conv1.weight is (2, 3, 3, 3) of float16, expected (2, 3, 3, 3) of float32",
+    ),
+    "model with a number": (lambda f: change_model(f, lambda s: {**s, "epoch": 4}), "epoch is no plain tensor, expected not there"),
+    "sparse model": (
+        lambda f: change_model(f, lambda s: {**s, "fc.bias": s["fc.bias"].to_sparse()}),
+        "fc.bias is no plain tensor, expected",
+    ),
     "model not finite": (
         lambda f: change_model(f, lambda s: {**s, "fc.weight": s["fc.weight"] * torch.nan}),
         "fc.weight holds values that",
@@ -485,6 +543,7 @@ def refused(folder, capsys, *arguments) -> str:
     return output.err
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("case", BAD_FOLDERS)
 def test_a_bad_folder_is_one_line_and_writes_nothing(case, experiment, capsys):
     damage, message = BAD_FOLDERS[case]

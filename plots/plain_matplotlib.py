@@ -1,0 +1,52 @@
+"""What the figures need of Matplotlib, as it comes: they start, and look alike, whatever a matplotlibrc, a style or a variable says.
+
+Matplotlib is imported here alone, since it reads the user's settings, and may stumble over them, as it is imported. Where that happened
+before, in a notebook say, DEFAULTS are still its own settings.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # nothing about folders that it cannot keep its list of fonts in
+os.environ.pop("MPLBACKEND", None)  # a notebook's may not exist here, and figures that go to files need none
+os.environ["MATPLOTLIBRC"] = os.devnull  # no settings
+if os.path.expanduser("~") == "~":  # a user without a home, at which it fails
+    os.environ["HOME"] = os.devnull
+folder = os.getcwd() if os.path.exists("matplotlibrc") else None  # settings there would come first
+if folder:
+    os.chdir(Path(__file__).parent)
+try:
+    from matplotlib import font_manager, rc_context, rcParamsDefault
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.text import Text
+    from matplotlib.ticker import StrMethodFormatter
+    from matplotlib.transforms import ScaledTranslation
+finally:
+    if folder:
+        os.chdir(folder)
+
+__all__ = [
+    "CHARACTERS",
+    "DEFAULTS",
+    "FONT",
+    "Artist",
+    "Axes",
+    "Figure",
+    "FigureCanvasAgg",
+    "Line2D",
+    "Patch",
+    "ScaledTranslation",
+    "StrMethodFormatter",
+    "Text",
+    "rc_context",
+]
+
+DEFAULTS = {key: value for key, value in rcParamsDefault.items() if key != "backend"}
+FONT = "DejaVu Sans"  # comes with Matplotlib: the same figure on every machine
+CHARACTERS = frozenset(map(chr, font_manager.get_font(font_manager.findfont(FONT)).get_charmap()))  # that it can show
