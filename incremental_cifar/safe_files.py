@@ -127,6 +127,7 @@ def write_note(path: Path, note: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):
         make_folder(path.parent)
         partial.write_text(json.dumps(note) + "\n")
+        share(partial, path.parent)
         os.replace(partial, path)
 
 

@@ -275,6 +275,7 @@ def work_as(member: int, umask: int, folder: str, index: int) -> None:
     files = RunFiles(folder, index)
     with files.locked():
         files.save_array("class_order", torch.arange(3).numpy())
+        files.save_progress({"epoch": 1})
         files.mark_finished()
 
 
@@ -294,6 +295,7 @@ def test_members_of_a_group_share_an_experiment_whatever_their_umasks(group_fold
         process.join(60)
         assert process.exitcode == 0
     assert RunFiles(experiment, 0).finished_indices() == [0, 1]
+    assert all(path.stat().st_mode & 0o060 == 0o060 and path.stat().st_gid == GROUP for path in experiment.rglob("*"))
 
 
 @pytest.mark.parametrize(
