@@ -15,6 +15,7 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from incremental_cifar.command_line import warn
 from incremental_cifar.config import UserError
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what flock says on a file system without locks
@@ -256,7 +258,7 @@ def _named_in(descriptor: int) -> str:
 @contextlib.contextmanager
 def _lock_without_flock(path: Path, me: str, wait: bool) -> Iterator[str | None]:
     """A lock by the existence of a file, for file systems that have no other."""
-    while True:
+    for attempt in itertools.count():
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             break
@@ -268,6 +270,8 @@ def _lock_without_flock(path: Path, me: str, wait: bool) -> Iterator[str | None]
                 yield holder
                 return
             else:
+                if attempt == 100:
+                    warn(f"{path}: still waiting for {holder}")
                 time.sleep(0.1)
     with contextlib.suppress(OSError):
         share(descriptor, path.parent)
