@@ -37,7 +37,7 @@ from incremental_cifar.command_line import OneLineArgumentParser, StopRequest, p
 from incremental_cifar.config import FREE_KEYS, MOST_RUNS_PER_GPU, Config, UserError, check_same_settings, load_config, make_config
 from incremental_cifar.continual_backprop import ContinualBackprop
 from incremental_cifar.cuda_graphs import Recorded
-from incremental_cifar.learning_curves import STEPS_PER_WINDOW, LearningCurves
+from incremental_cifar.learning_curves import METRICS, STEPS_PER_WINDOW, LearningCurves
 from incremental_cifar.resnet import ResNet18, build_network, initialise
 from incremental_cifar.run_files import RunFiles
 from incremental_cifar.seeds import Purpose, draw_class_order, experiment_seed, generator_for
@@ -142,6 +142,8 @@ class IncrementalCIFARExperiment(Experiment):
         if self.is_finished:
             print(nothing_to_do)
             return False
+        model_epochs = range(0, self.config.num_epochs + 1, self.config.epochs_per_task)
+        self.files.check_writable(METRICS, model_epochs, self.config.num_epochs)
         self.build_learner()
         self.record_steps()
         self.first_epoch = self.start_or_resume()

@@ -145,12 +145,12 @@ def sweep_locks(experiments: Sequence[Experiment]) -> Iterator[None]:
 
 
 def fetch_data(experiments: Sequence[Experiment]) -> None:
-    """Download CIFAR-100 if it is needed and not there, once, before runs that start at the same time all do. Raises UserError."""
+    """Download CIFAR-100 if it is needed and not there, before any run waits for it. Raises UserError."""
     for data_path in {experiment.config.data_path for experiment in experiments if experiment.config.dataset == "cifar100"}:
         if not all(Path(data_path, "cifar-100-python", name).is_file() for name in ("train", "test", "meta")):
-            from incremental_cifar.cifar100 import load_images  # here only: it takes seconds to import
+            from incremental_cifar.cifar100 import fetch_cifar100  # here only: it takes seconds to import
 
-            load_images("cifar100", data_path)
+            fetch_cifar100(Path(data_path))
 
 
 # --- On this machine -------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ Letters in the shapes: n images, k images per class, h and w positions.
 """
 
 import contextlib
-import http.client
-import tarfile
+import pickle
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from incremental_cifar.command_line import warn
 from incremental_cifar.config import NUM_CLASSES, TEST_IMAGES_PER_CLASS, TRAIN_IMAGES_PER_CLASS, UserError
+from incremental_cifar.safe_files import lock
 
 IMAGE_SIZE = 32  # height and width
 PIXELS = IMAGE_SIZE * IMAGE_SIZE
@@ -39,28 +41,66 @@ def load_images(
     """
     if dataset == "synthetic":
         return draw_synthetic_images(train_images_per_class, test_images_per_class)
-    train, test = (_read_cifar100(Path(data_path), is_train) for is_train in (True, False))
+    folder = fetch_cifar100(Path(data_path))
+    train, test = (_images_by_class(folder / name) for name in ("train", "test"))
     return train[:, :train_images_per_class], test[:, :test_images_per_class]
 
 
-def _read_cifar100(data_path: Path, is_train: bool) -> np.ndarray:
-    """One file of CIFAR-100, by class and in file order within a class. torchvision checks its md5 before it is unpickled."""
-    from torchvision.datasets import CIFAR100
+def fetch_cifar100(data_path: Path) -> Path:
+    """The folder that holds the files of CIFAR-100, each with the right md5: cifar-100-python/ in `data_path`, or `data_path` itself.
 
-    folder = data_path / CIFAR100.base_folder
+    If they are in neither, one process at a time downloads and unpacks the archive; the others say that they wait. Raises UserError if
+    that fails.
+    """
+    from torchvision.datasets import CIFAR100
+    from torchvision.datasets.utils import check_integrity, download_and_extract_archive
+
+    def whole_folder() -> Path | None:
+        files = [*CIFAR100.train_list, *CIFAR100.test_list, (CIFAR100.meta["filename"], CIFAR100.meta["md5"])]
+        folders = (data_path / CIFAR100.base_folder, data_path)
+        return next((folder for folder in folders if all(check_integrity(folder / name, md5) for name, md5 in files)), None)
+
+    def fetch(wait: bool) -> str | None:
+        """Download and unpack what is not there, or else return who is doing so."""
+        with lock(lock_file, wait) as holder:
+            if holder is None:
+                try:
+                    if not whole_folder():
+                        download_and_extract_archive(CIFAR100.url, str(data_path), filename=CIFAR100.filename, md5=CIFAR100.tgz_md5)
+                finally:
+                    lock_file.unlink(missing_ok=True)
+        return holder
+
+    if folder := whole_folder():
+        return folder
     new_folders = [path for path in (data_path, *data_path.parents) if not path.exists()]
+    lock_file = data_path / f".{CIFAR100.base_folder}.lock"
     try:
-        dataset = CIFAR100(root=str(data_path), train=is_train, download=True)
-    except (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError) as error:
+        if holder := fetch(wait=False):
+            warn(f"{data_path}: CIFAR-100 is being fetched into this folder by {holder}; waiting for it")
+            fetch(wait=True)
+        if folder := whole_folder():
+            return folder
+        raise RuntimeError("what was unpacked is not what it should be")
+    except Exception as error:  # network, proxy, archive and file system raise many kinds
         with contextlib.suppress(OSError):
             for path in new_folders:
-                path.rmdir()  # torchvision made it; it stays if something was put there
+                path.rmdir()  # made for the download; it stays if something was put there
+        through = " through the proxy set in the environment" if "https" in urllib.request.getproxies() else ""
         raise UserError(
-            f"{folder}: CIFAR-100 is not there, or not whole, and could not be downloaded ({error}); put the files train, test and meta "
-            f"of {CIFAR100.filename} into this folder, or set data_path to where they are"
+            f"{data_path / CIFAR100.base_folder}: CIFAR-100 is not there, or not whole, and could not be downloaded{through} "
+            f"({str(error) or type(error).__name__}); put the files train, test and meta of {CIFAR100.filename} into this folder, or set "
+            "data_path to where they are"
         ) from None
-    by_class = np.argsort(dataset.targets, kind="stable")
-    return dataset.data[by_class].reshape(NUM_CLASSES, -1, IMAGE_SIZE, IMAGE_SIZE, 3)
+
+
+def _images_by_class(file: Path) -> np.ndarray:
+    """The images of a file of CIFAR-100 whose md5 is right, by class and in file order within a class."""
+    with open(file, "rb") as opened:
+        content = pickle.load(opened, encoding="latin1")
+    images = content["data"].reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE).transpose(0, 2, 3, 1)
+    by_class = np.argsort(content["fine_labels"], kind="stable")
+    return images[by_class].reshape(NUM_CLASSES, -1, IMAGE_SIZE, IMAGE_SIZE, 3)
 
 
 class ImageSet:

@@ -6,6 +6,7 @@ A key per field of `Config`; keys that begin with `_` are comments. Whatever is 
 file, the key, the value and what would be right, so that a run never starts on settings its user did not mean.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -226,7 +227,7 @@ def make_config(settings: dict[str, Any], source: str, experiment_name: str = "e
     for key, default in defaults.items():
         values[key] = values.get(key) or _checked(key, default, source)
     for key in ("data_path", "results_dir"):
-        values[key] = os.path.abspath(os.path.expanduser(values[key]))
+        values[key] = _whole_path(key, values[key], source)
     config = Config(**values)
     _check_combinations(config, source)
     return config
@@ -304,17 +305,35 @@ def _parse_override(override: str) -> tuple[str, Any]:
         raise UserError(f'--set: unknown key "{key}"{_did_you_mean(key)}; cfg/README.md lists the keys')
     if FIELDS[key].type is str:
         return key, _checked(key, text, "--set")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = text  # a string where none belongs: the check below says what does
+    value: Any = text  # a string where none belongs: the check below says what does
+    for read in (int, float, json.loads):  # numbers as Python takes them: .1 and +3 too
+        with contextlib.suppress(ValueError, RecursionError):
+            value = read(text)
+            break
     return key, _checked(key, value, "--set")
 
 
+def _whole_path(key: str, text: str, source: str) -> str:
+    """A folder's path from the root, with ~ and environment variables put in. A folder that is there may have a $ in its name."""
+
+    def put_in(match: re.Match) -> str:
+        name = match["name"] or match["braced"]
+        if os.path.isabs(match.string) and os.path.lexists(match.string[: match.end()] + match["rest"]):
+            return match[0]
+        if not os.environ.get(name):
+            raise UserError(f'{source}: {key} is "{text}"; the environment variable {name} is not set: set it, or write the folder out')
+        return os.environ[name]
+
+    variable = r"\$(?:(?P<name>\w+)|\{(?P<braced>\w+)\})(?=(?P<rest>[^/]*))"
+    return os.path.abspath(re.sub(variable, put_in, os.path.expanduser(text)))
+
+
 def _checked(key: str, value: Any, source: str) -> Any:
-    """Return `value` in its field's type. Integers are numbers, but true and false are not."""
+    """Return `value` in its field's type. Integers are numbers and 3.0 is an integer, but true and false are neither."""
     expected = FIELDS[key].type
     shown = json.dumps(value) if len(json.dumps(value)) <= 60 else json.dumps(value)[:57] + "..."
+    if expected is int and type(value) is float and value.is_integer():
+        value = int(value)
     rule_holds, rule = RULES.get(key, (lambda _: True, ""))
     wanted = TYPE_NAMES[expected] + (f", {rule}" if rule else "")
     right_type = type(value) is expected or (expected is float and type(value) is int)

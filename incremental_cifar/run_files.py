@@ -22,7 +22,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ import numpy as np
 
 from incremental_cifar.command_line import warn
 from incremental_cifar.config import Config, UserError, make_config, read_stored
-from incremental_cifar.safe_files import lock, read_note, write_file, write_note
+from incremental_cifar.safe_files import check_destinations, lock, read_note, write_file, write_note
 
 if TYPE_CHECKING:
     import torch  # otherwise imported where tensors are written or read: whoever only looks at runs need not wait seconds for it
@@ -47,6 +47,7 @@ class RunFiles:
         self.config_file = self.folder / "config_files" / f"index-{index}.json"
         self.checkpoint_folder = self.folder / "experiment_checkpoints"
         self.indices_file = self.folder / "experiment_indices.npy"
+        self.indices_lock_file = self.folder / ".experiment_indices.lock"
 
     def array_file(self, metric: str) -> Path:
         return self.folder / metric / f"index-{self.index}.npy"
@@ -150,6 +151,18 @@ class RunFiles:
                 partial.unlink(missing_ok=True)
             yield
 
+    def check_writable(self, metrics: Iterable[str], model_epochs: Iterable[int], last_epoch: int) -> None:
+        """Raise UserError, before the work, if a file that a run writes on its way or at its end cannot be written."""
+        check_destinations(
+            self.config_file,
+            *map(self.array_file, metrics),
+            *map(self.model_file, model_epochs),
+            self.checkpoint_file(last_epoch),
+            self.indices_file,
+        )
+        with lock(self.indices_lock_file):
+            pass
+
     # --- finished runs ---
 
     def finished_indices(self) -> list[int]:
@@ -160,16 +173,20 @@ class RunFiles:
             raise UserError(f"{self.indices_file}: there is something else in the place of this file; move it away")
         try:
             indices = np.load(self.indices_file, allow_pickle=False)
-            if indices.dtype.kind not in "iu":
+            if indices.dtype.kind not in "iu" and not (indices.dtype.kind == "f" and np.array_equal(indices, np.rint(indices))):
                 raise ValueError(f"expected integers, found {indices.dtype}")
             # As released: one finished run gives an array without a dimension, and a repeated run an index that appears twice.
             return sorted({int(index) for index in np.atleast_1d(indices)})
         except Exception as error:  # np.load raises many kinds, depending on where a file is damaged
-            raise UserError(f"{self.indices_file}: cannot read the list of finished runs ({error})") from None
+            reason = error if os.path.getsize(self.indices_file) else "it is empty, 0 bytes"
+            raise UserError(
+                f"{self.indices_file}: cannot read the list of finished runs ({reason}); delete it, and start those runs again: each goes "
+                "on from its last checkpoint"
+            ) from None
 
     def mark_finished(self) -> None:
         """Add this index to the finished ones; several runs of one experiment may do so at once."""
-        with lock(self.folder / ".experiment_indices.lock", wait=True):
+        with lock(self.indices_lock_file, wait=True):
             indices = np.array(sorted({*self.finished_indices(), self.index}), dtype=np.int64)
             write_file(self.indices_file, array_bytes(indices))
 

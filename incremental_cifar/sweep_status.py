@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple, Protocol
 import numpy as np
 
 from incremental_cifar.config import Config
-from incremental_cifar.safe_files import lock_holder, read_note, write_file
+from incremental_cifar.safe_files import lock_holder, make_folder, read_note, share, write_file
 from incremental_cifar.sweep_plan import EXPERIMENT_SCRIPT, Experiment
 
 FINISHED, RUNNING, QUEUED, FAILED, STOPPED, NEVER = "finished", "running", "queued", "failed", "stopped", "never started"
@@ -180,8 +180,10 @@ def _whole(value: object, otherwise: int | None) -> int | None:
 
 def open_log(log: Path) -> IO[bytes]:
     """A log to append to, and for a process to write into."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    return open(log, "a+b", buffering=0)
+    make_folder(log.parent)
+    file = open(log, "a+b", buffering=0)  # noqa: SIM115 (it is handed on)
+    share(file.fileno(), log.parent)
+    return file
 
 
 def write_heading(file: IO[bytes], text: str) -> None:

@@ -1,14 +1,27 @@
+import fcntl
+import functools
 import hashlib
+import os
 import pickle
+import re
+import shutil
+import sys
+import tarfile
+import threading
+import time
 import urllib.error
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import processes
 
 from incremental_cifar.cifar100 import ImageSet, draw_synthetic_images, load_images
 from incremental_cifar.config import UserError
+from incremental_cifar.safe_files import lock
 
 
 def write_cifar100(folder, rng, per_class_train=6, per_class_test=3):
@@ -38,6 +51,163 @@ def small_cifar100(tmp_path, rng, monkeypatch):
     monkeypatch.setattr(cifar100, "test_list", [["test", md5("test")]])
     monkeypatch.setattr(cifar100, "meta", {**cifar100.meta, "md5": md5("meta")})
     return tmp_path, files
+
+
+@pytest.fixture
+def small_archive(small_cifar100):
+    """A folder that holds the archive of the small CIFAR-100 and nothing else; what a process does to know its md5s; its files."""
+    folder, files = small_cifar100
+    cifar100 = torchvision.datasets.CIFAR100
+    archive = folder / cifar100.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder / cifar100.base_folder, cifar100.base_folder)
+    shutil.rmtree(folder / cifar100.base_folder)
+    tgz_md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+    known = {"train_list": cifar100.train_list, "test_list": cifar100.test_list, "meta": cifar100.meta, "tgz_md5": tgz_md5}
+    return folder, functools.partial(know, known), files
+
+
+def know(attributes):
+    for name, value in attributes.items():
+        setattr(torchvision.datasets.CIFAR100, name, value)
+
+
+def load(folder, prepare, barrier, downloads, output, pause):
+    """A process that needs CIFAR-100. downloads: how often the archive was downloaded. pause: seconds that half a file takes to unpack."""
+    prepare()
+    torchvision.datasets.utils._urlretrieve = functools.partial(copy_slowly, downloads)
+    tarfile.copyfileobj = functools.partial(unpack_slowly, pause, tarfile.copyfileobj)
+    torchvision.datasets.utils._get_redirect_url = lambda url, max_hops: url
+    sys.stderr = open(output, "w", buffering=1)  # noqa: SIM115 (closed with the process)
+    barrier.wait()
+    try:
+        load_images("cifar100", str(folder))
+    except UserError as error:
+        sys.exit(str(error))
+
+
+def copy_slowly(downloads, url, path):
+    """Download the archive in pieces, as a slow network does."""
+    with downloads.get_lock():
+        downloads.value += 1
+    content = (Path(path).parent.parent / "archive").read_bytes()
+    with open(path, "wb", buffering=0) as file:
+        for start in range(0, len(content), len(content) // 10):
+            file.write(content[start : start + len(content) // 10])
+            time.sleep(0.02)
+
+
+def unpack_slowly(pause, copy, source, target, length, *options):
+    for part in (length // 2, length - length // 2):
+        time.sleep(pause)
+        copy(source, target, part, *options)
+        target.flush()
+
+
+@pytest.mark.parametrize("what", ["nothing", "the archive", "half the archive", "half a file"])
+def test_of_runs_that_start_at_once_one_fetches_the_images(small_archive, tmp_path, what):
+    folder, prepare, _ = small_archive
+    archive = folder / torchvision.datasets.CIFAR100.filename
+    content = archive.read_bytes()
+    (tmp_path / "archive").write_bytes(content)
+    data = tmp_path / "data"
+    if what == "nothing":
+        archive.unlink()
+    else:
+        data.mkdir()
+        archive.rename(data / archive.name)
+        if what == "half the archive":
+            (data / archive.name).write_bytes(content[: len(content) // 2])
+        if what == "half a file":
+            (data / "cifar-100-python").mkdir()
+            (data / "cifar-100-python" / "train").write_bytes(b"half")
+    barrier, downloads = processes.Barrier(4), processes.Value("i", 0)
+    outputs = [tmp_path / f"output-{number}" for number in range(4)]
+    paces = zip(outputs, (0.05, 0.1, 0.15, 0.2), strict=True)
+    started = [processes.Process(target=load, args=(data, prepare, barrier, downloads, *pace)) for pace in paces]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+    said = [output.read_text() for output in outputs]
+    assert [process.exitcode for process in started] == [0] * 4, said
+    assert downloads.value == (what in ("nothing", "half the archive"))
+    waited = [line for text in said for line in text.splitlines() if "waiting" in line]
+    assert all(f"warning: {data}: CIFAR-100 is being fetched into this folder by host" in line for line in waited)
+    assert sorted(path.name for path in data.iterdir()) == ["cifar-100-python", "cifar-100-python.tar.gz"]
+
+
+def test_whoever_waits_for_the_images_says_so_once(small_archive, monkeypatch, capsys):
+    """Another process fetches them; they are there when it is done."""
+    folder = small_archive[0]
+    monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", no_network)
+    flock, unpack = fcntl.flock, threading.Event()
+
+    def noted(descriptor, operation):
+        if operation == fcntl.LOCK_EX:
+            unpack.set()
+        flock(descriptor, operation)
+
+    def fetch():
+        with lock(folder / ".cifar-100-python.lock"):
+            is_locked.set()
+            assert unpack.wait(20)
+            with tarfile.open(folder / "cifar-100-python.tar.gz") as tar:
+                tar.extractall(folder)
+
+    is_locked = threading.Event()
+    monkeypatch.setattr(fcntl, "flock", noted)
+    fetching = threading.Thread(target=fetch)
+    fetching.start()
+    assert is_locked.wait(20)
+    train, _ = load_images("cifar100", str(folder))
+    fetching.join()
+    assert train.shape[1] == 6
+    said = capsys.readouterr().err
+    assert said.count("waiting for it") == 1 and f"fetched into this folder by host {os.uname().nodename}, process {os.getpid()}," in said
+
+
+def test_the_folder_of_the_files_themselves_will_do(small_cifar100, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", no_network)
+    folder, files = small_cifar100
+    train, _ = load_images("cifar100", str(folder / "cifar-100-python"))
+    data, labels = files["train"]
+    assert np.array_equal(train[17], data[labels == 17])
+    assert sorted(path.name for path in (folder / "cifar-100-python").iterdir()) == ["meta", "test", "train"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnicodeError("label too long"),
+        ValueError("unknown url type"),
+        zlib.error("Error -3 while decompressing data"),
+        pickle.UnpicklingError("invalid load key"),
+        AttributeError("'NoneType' object has no attribute"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_a_download_raises_is_one_line(tmp_path, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torchvision.datasets.utils, "_get_redirect_url", fail)
+    with pytest.raises(UserError, match="could not be downloaded.*" + re.escape(f"({str(error) or 'MemoryError'})")):
+        load_images("cifar100", str(tmp_path / "new" / "data"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_proxy_with_an_impossible_name_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("https_proxy", f"http://{'a' * 64}.example:3128")
+    with pytest.raises(UserError, match=r"could not be downloaded through the proxy set in the environment \(.*label"):
+        load_images("cifar100", str(tmp_path))
+
+
+def test_a_data_path_that_links_to_nothing_is_named(tmp_path):
+    (tmp_path / "data").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'data'} is a link to {tmp_path / 'gone'}, which is not there; make that")):
+        load_images("cifar100", str(tmp_path / "data"))
 
 
 def no_network(*args, **kwargs):

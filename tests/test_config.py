@@ -6,6 +6,7 @@ from conftest import ALGORITHMS, REPOSITORY
 import incremental_cifar_experiment
 from incremental_cifar.command_line import run_script
 from incremental_cifar.config import FIELDS, RULES, Config, UserError, differing_keys, load_config, make_config, read_sizes
+from incremental_cifar.sweep_plan import grid_points
 
 PAPER = {"stepsize": 0.1, "weight_decay": 0.0005, "momentum": 0.9, "early_stopping": True}
 EXPECTED = {
@@ -81,6 +82,53 @@ def test_overrides_are_typed_and_win(tmp_path):
     assert type(load_config(path).stepsize) is float
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("stepsize=.1", 0.1),
+        ("stepsize=1.e-2", 0.01),
+        ("stepsize=+0.1", 0.1),
+        ("weight_decay=00.5", 0.5),
+        ("num_tasks=+3", 3),
+        ("num_tasks=03", 3),
+        ("num_tasks=3.0", 3),
+        ("maturity_threshold=1e3", 1000),
+    ],
+)
+def test_numbers_on_the_command_line_are_what_python_takes_for_numbers(tmp_path, override, expected):
+    (tmp_path / "c.json").write_text("{}")
+    key = override.partition("=")[0]
+    value = getattr(load_config(tmp_path / "c.json", [override]), key)
+    assert value == expected and type(value) is FIELDS[key].type
+    ((point,),) = grid_points([override])
+    assert getattr(load_config(tmp_path / "c.json", [point]), key) == expected
+
+
+def test_a_whole_number_is_an_integer_in_a_file_too():
+    assert type(make_config({"num_tasks": 3.0}, "test").num_tasks) is int
+
+
+@pytest.mark.parametrize("text", ["$SCRATCH/results", "${SCRATCH}/results", "/$NOT_HERE/../$SCRATCH/results", "~/../$SCRATCH/results"])
+@pytest.mark.parametrize("key", ["results_dir", "data_path"])
+def test_environment_variables_are_put_into_folders(tmp_path, monkeypatch, key, text):
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    monkeypatch.setenv("HOME", "/root")
+    monkeypatch.setenv("NOT_HERE", "x")
+    monkeypatch.chdir(tmp_path)
+    assert getattr(make_config({key: text}, "test"), key) == f"{tmp_path}/results"
+
+
+def test_a_folder_whose_name_has_a_dollar_can_be_used(tmp_path, monkeypatch):
+    """And a completed config can be completed again, as is done with stored ones."""
+    folder = tmp_path / "$SCRATCH" / "a$b c"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("SCRATCH", "/elsewhere")
+    config = make_config({"results_dir": "c$/results", "data_path": "$SCRATCH/data"}, "test")
+    assert config.results_dir == f"{folder}/c$/results" and config.data_path == "/elsewhere/data"
+    assert make_config(config.to_dict(), "test") == config
+
+
 def test_numbers_of_steps_with_a_last_smaller_batch():
     config = make_config(
         {"num_tasks": 3, "classes_per_task": 2, "epochs_per_task": 4, "train_images_per_class": 7, "batch_size": 10}, "test"
@@ -103,6 +151,7 @@ BAD_CONFIGS = {
     "unknown key": ('{"step_size": 0.1}', 'unknown key "step_size"; did you mean "stepsize"?'),
     "text for a number": ('{"stepsize": "fast"}', 'stepsize is "fast"; it must be a number, greater than 0'),
     "negative": ('{"stepsize": -0.1}', "stepsize is -0.1; it must be a number, greater than 0"),
+    "variable not set": ('{"data_path": "$NOT_HERE/data"}', 'data_path is "$NOT_HERE/data"; the environment variable NOT_HERE is not set'),
     "fraction for an integer": ('{"num_tasks": 2.5}', "num_tasks is 2.5; it must be an integer, from 1 to 100"),
     "number for a boolean": ('{"use_cbp": 1}', "use_cbp is 1; it must be true or false"),
     "boolean for a number": ('{"momentum": true}', "momentum is true; it must be a number, from 0 to below 1"),
@@ -162,6 +211,16 @@ BAD_COMMAND_LINES = {
     "override without a value": (["--config", "c.json", "--set", "stepsize"], 'expected KEY=VALUE, got "stepsize"'),
     "override of an unknown key": (["--config", "c.json", "--set", "stepsiez=1"], 'did you mean "stepsize"?'),
     "override of the wrong type": (["--config", "c.json", "--set", "num_tasks=many"], 'num_tasks is "many"; it must be an integer'),
+    "not finite": (
+        ["--config", "c.json", "--set", "stepsize=inf"],
+        "stepsize is Infinity; it must be a number, greater than 0, and finite",
+    ),
+    "not a number": (
+        ["--config", "c.json", "--set", "momentum=nan"],
+        "momentum is NaN; it must be a number, from 0 to below 1, and finite",
+    ),
+    "infinitely many": (["--config", "c.json", "--set", "num_tasks=inf"], "num_tasks is Infinity; it must be an integer, from 1 to 100"),
+    "half a task": (["--config", "c.json", "--set", "num_tasks=+.5"], "num_tasks is 0.5; it must be an integer, from 1 to 100"),
     "override out of range": (["--config", "c.json", "--set", "momentum=1"], "from 0 to below 1"),
     "override twice": (["--config", "c.json", "--set", "stepsize=1", "stepsize=2"], 'key "stepsize" appears twice'),
     "name too long for a folder": (["--config", "c.json", "--set", "results_dir=" + "e" * 300], "File name too long"),

@@ -20,7 +20,9 @@ def test_finished_indices_are_sorted_and_without_repeats(tmp_path):
     assert indices.tolist() == [0, 3, 11] and indices.dtype == np.int64 and indices.ndim == 1
 
 
-@pytest.mark.parametrize(("stored", "expected"), [(np.array(4), [4]), (np.array([2, 0, 2]), [0, 2])])
+@pytest.mark.parametrize(
+    ("stored", "expected"), [(np.array(4), [4]), (np.array([2, 0, 2]), [0, 2]), (np.array([3.0, 1.0]), [1, 3]), (np.empty(0), [])]
+)
 def test_finished_indices_of_the_released_code_are_understood(tmp_path, stored, expected):
     np.save(tmp_path / "experiment_indices.npy", stored)
     assert RunFiles(tmp_path, 0).finished_indices() == expected
@@ -119,6 +121,14 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
         partial.write_bytes(b"half")
     with files.locked():
         assert os.listdir(files.checkpoint_folder) == [".index-11_epoch-5.pt.partial"]
+
+
+@pytest.mark.parametrize("content", [b"", bytes(136), b"\x93NUMPY"], ids=["empty", "zeros", "cut"])
+def test_a_damaged_list_of_finished_runs_says_what_to_do(tmp_path, content):
+    (tmp_path / "experiment_indices.npy").write_bytes(content)
+    reason = r"\(it is empty, 0 bytes\)" if not content else ""
+    with pytest.raises(UserError, match=rf"cannot read the list of finished runs {reason}.*; delete it, and start those runs again"):
+        RunFiles(tmp_path, 0).finished_indices()
 
 
 @pytest.mark.parametrize("stored", [np.array([0.5]), np.array(["0"])])
