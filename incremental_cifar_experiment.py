@@ -26,6 +26,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # mlproj-manager loads this file from anywhere
 
+import incremental_cifar  # noqa: F401 (before all others: it names a user who has no name)
+
+# isort: split
 import numpy as np
 import torch
 from mlproj_manager.experiments import Experiment

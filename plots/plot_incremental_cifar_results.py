@@ -14,6 +14,9 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # the parts are found wherever this script is called from
 
+import incremental_cifar  # noqa: F401 (before all others: it names a user who has no name)
+
+# isort: split
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.artist import Artist
