@@ -116,7 +116,7 @@ class IncrementalCIFARExperiment(Experiment):
     def run(self) -> None:
         """Train from the start, or from the last checkpoint, to the end of the last task.
 
-        If Ctrl-C, SIGTERM or SIGUSR1 asks for it, ends the process after the current epoch, with a checkpoint and status 130, 143 or 138.
+        If one of STOP_SIGNALS asks for it, ends the process after the current epoch, with a checkpoint and 128 + its number as status.
         Raises UserError if the loss is no longer finite.
         """
         with stop_requests() as stop, contextlib.ExitStack() as held:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import io
 import os
 import re
@@ -39,10 +40,27 @@ def parse_indices(text: str) -> list[int]:
     return sorted(indices)
 
 
+class Terminal(io.FileIO):
+    """A terminal's output; once its connection is lost it takes everything and shows nothing, so that this does not end a run."""
+
+    def write(self, content: bytes) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return len(content)
+
+
 def run_script(main: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | None = None) -> int:
     """Run a script's `main`; turn a UserError, and what the system refuses, into one line on standard error and exit status 2."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
+            if stream.isatty():
+                buffer = io.BufferedWriter(Terminal(stream.fileno(), "w", closefd=False))
+                stream = io.TextIOWrapper(buffer, encoding=stream.encoding, line_buffering=True)
+                setattr(sys, name, stream)
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end a run
     try:
         return main(arguments)
@@ -71,6 +89,10 @@ def warn(message: str) -> None:
     print("warning: " + message, file=sys.stderr, flush=True)
 
 
+# What asks a run to stop after its epoch: Ctrl-C, the wishes of batch systems, a lost connection.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
 class StopRequest:
     """Whether somebody asked this process to stop, and with which signal."""
 
@@ -85,7 +107,7 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1, as shells report it."""
+        """130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, and so on, as shells report it."""
         return 128 + self.signal_number
 
 
@@ -94,15 +116,16 @@ SECONDS_OF_ONE_SIGNAL = 2.0  # Slurm sends SIGTERM twice, milliseconds apart, wh
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Inside this context, the first SIGINT, SIGTERM or SIGUSR1 (Slurm's warning) is noted; the second ends the process.
+    """Inside this context, the first of STOP_SIGNALS is noted and answered in a line; the second ends the process.
 
-    SIGTERM and SIGUSR1 within two seconds of the first signal are taken for the same request; a second Ctrl-C never is.
+    Within two seconds of the first signal, others are taken for the same request; a second Ctrl-C never is. A signal that was ignored
+    before, as nohup has it with SIGHUP, stays so; but not SIGINT, which a shell has its background processes ignore.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request  # only the main thread may handle signals
         return
-    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    handled = [number for number in STOP_SIGNALS if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN]
     noted_at = 0.0
 
     def note(signal_number: int, frame: object) -> None:
@@ -110,6 +133,9 @@ def stop_requests() -> Iterator[StopRequest]:
         if not request:
             request.signal_number, noted_at = signal_number, time.monotonic()
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a sweep sees by this that the run has been asked
+            hint = "; Ctrl-C again ends it now" if signal_number == signal.SIGINT else ""
+            with contextlib.suppress(OSError):  # the terminal may be gone; print is not for signal handlers
+                os.write(2, f"\n{request.name}: stopping after this epoch{hint}\n".encode())
         elif time.monotonic() - noted_at > SECONDS_OF_ONE_SIGNAL:
             signal.signal(signal_number, signal.SIG_DFL)
             os.kill(os.getpid(), signal_number)

@@ -1,6 +1,7 @@
 """The experiment script from its command line: what it writes, and that an interruption changes none of it."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -89,6 +90,59 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(uninte
     actual = stored_results(tmp_path / algorithm)
     assert actual.keys() == expected.keys()
     assert [name for name in actual if actual[name] != expected[name]] == []
+
+
+def test_every_signal_that_asks_a_run_to_stop_is_answered_at_once_and_leaves_a_checkpoint(uninterrupted, tmp_path, script):
+    """A lost connection and SIGUSR2 like SIGTERM; the answer comes while the epoch is still running, on a line of its own."""
+    algorithm = "base_deep_learning_system"
+    arguments = tiny_arguments(algorithm, tmp_path)
+    for epoch, (number, hint) in enumerate([(signal.SIGHUP, ""), (signal.SIGUSR2, ""), (signal.SIGINT, "; Ctrl-C again ends it now")], 1):
+        run = script([*arguments, "--verbose"], prepare=functools.partial(signal_in_epoch, epoch, number))
+        assert run.wait() == 128 + number, run.output()
+        lines = run.output().splitlines()
+        answer = lines.index(f"{signal.Signals(number).name}: stopping after this epoch{hint}")
+        assert any(line.startswith("\tvalidation accuracy") for line in lines[answer:]), lines
+        assert f"stopped after epoch {epoch} with a checkpoint" in lines[-1]
+    run = script(arguments, prepare=ignore_and_lose_connection)
+    assert run.wait() == 0, run.output()
+    assert stored_results(tmp_path / algorithm) == stored_results(uninterrupted(algorithm))
+
+
+def signal_in_epoch(number, signal_number):
+    """Have this process get a signal when the so-many-th epoch begins, from 1."""
+    import incremental_cifar_experiment as script_module
+
+    train_epoch = script_module.IncrementalCIFARExperiment.train_epoch
+
+    def train(self, epoch, classes, stepsize):
+        if epoch + 1 == number:
+            signal.raise_signal(signal_number)
+        train_epoch(self, epoch, classes, stepsize)
+
+    script_module.IncrementalCIFARExperiment.train_epoch = train
+
+
+def ignore_and_lose_connection():
+    """As under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal_in_epoch(5, signal.SIGHUP)
+
+
+def test_a_terminal_that_vanishes_takes_no_epoch_along(tmp_path):
+    """Its output cannot be written any more, and the run still ends its epoch and writes the checkpoint."""
+    controller, terminal = os.openpty()
+    command = [sys.executable, str(REPOSITORY / "incremental_cifar_experiment.py"), "--verbose"]
+    command += tiny_arguments("base_deep_learning_system", tmp_path, epochs_per_task=1000)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment, start_new_session=True)
+    os.close(terminal)
+    output = b""
+    while b"Epoch 2/" not in output:
+        output += os.read(controller, 1000)
+    os.close(controller)
+    process.send_signal(signal.SIGHUP)  # as the shell passes it on
+    assert process.wait(60) == 129
+    assert len(list((tmp_path / "base_deep_learning_system" / "experiment_checkpoints").iterdir())) == 1
 
 
 def test_two_processes_give_the_same_results(uninterrupted, tmp_path, script):
