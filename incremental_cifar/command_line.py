@@ -63,7 +63,8 @@ def run_script(main: Callable[[Sequence[str] | None], int], arguments: Sequence[
                 setattr(sys, name, stream)
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end a run
     try:
-        return main(arguments)
+        with memory_errors():
+            return main(arguments)
     except UserError as error:
         show_error(error)
         return 2
@@ -75,6 +76,39 @@ def run_script(main: Callable[[Sequence[str] | None], int], arguments: Sequence[
         return 2
     except KeyboardInterrupt:  # outside `stop_requests`: before the work began, or after it
         return 128 + signal.SIGINT
+
+
+# How PyTorch and its oneDNN say, in a RuntimeError, that there is no memory; and Python, that there is none for a thread.
+NO_MEMORY = (
+    "out of memory|not enough memory|(can't|[Cc]annot) allocate memory|bad_alloc|could not (create|execute) a (primitive|memory object)|"
+    "can't start new thread"
+)
+
+
+def is_memory_full(error: BaseException) -> bool:
+    """Whether an error says that there is no memory, a GPU's or this machine's."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(NO_MEMORY, str(error)) is not None)
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn into a UserError what Python, NumPy and PyTorch raise where memory is full, and what only follows from that."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not is_memory_full(cause):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        if "CUDA" in reason:
+            text = f"the GPU's memory is full ({reason}); end what else runs there, or use another device or precision=bf16"
+        else:
+            text = (
+                f"this machine's memory, or what a process may have of it, is full ({reason}); end what else runs here, or raise its limit"
+            )
+        raise UserError(text) from None
 
 
 def show_error(error: Exception, where: str = "") -> None:
