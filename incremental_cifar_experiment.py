@@ -51,7 +51,7 @@ from incremental_cifar.continual_backprop import ContinualBackprop
 from incremental_cifar.cuda_graphs import Recorded
 from incremental_cifar.learning_curves import STEPS_PER_WINDOW, LearningCurves
 from incremental_cifar.resnet import ResNet18, build_network, initialise
-from incremental_cifar.run_files import RunFiles
+from incremental_cifar.run_files import CannotResume, RunFiles
 from incremental_cifar.seeds import Purpose, draw_class_order, experiment_seed, generator_for
 from incremental_cifar.training import (
     EvaluationStep,
@@ -655,9 +655,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Config, list[int],
 def main(arguments: Sequence[str] | None = None) -> int:
     config, indices, options = parse_arguments(arguments)
     folder = os.path.join(config.results_dir, config.experiment_name)
-    experiments = [IncrementalCIFARExperiment(config.to_dict(), folder, index, **options) for index in indices]
-    if len(experiments) > 1:
-        return run_side_by_side(experiments)
+    experiments = []
+    for index in indices:
+        try:
+            experiments.append(IncrementalCIFARExperiment(config.to_dict(), folder, index, **options))
+        except CannotResume as error:  # the other runs can be trained
+            if len(indices) == 1:
+                raise
+            show_error(error, where=f"index {index}: ")
+    if len(indices) > 1:
+        status = run_side_by_side(experiments) if experiments else 2
+        return status if len(experiments) == len(indices) or status == 1 else 2
     experiments[0].run()
     return 0
 

@@ -41,6 +41,10 @@ METRIC_FOLDERS = ("*_per_checkpoint", "*_per_epoch", "*_runtime")  # of what a r
 ANALYSIS_FOLDERS = ("*_analysis", "accuracy_per_class_in_order")  # of what post_run_analysis.py finds out later
 
 
+class CannotResume(UserError):
+    """A run is in progress in a folder, and there is nothing to resume it from."""
+
+
 class RunFiles:
     """Every path of one run, and the safe ways to write and read them."""
 
@@ -143,7 +147,7 @@ class RunFiles:
     # --- what is left of a run ---
 
     def check_resumable(self) -> None:
-        """Raise UserError if a run got further here than a new one has before its first checkpoint, and there is none to resume it from.
+        """Raise CannotResume if a run got further here than a new one has before its first checkpoint, and there is none to resume it from.
 
         A run writes its config first, and its metrics after each checkpoint; so one that was killed before its first is still new.
         """
@@ -156,7 +160,7 @@ class RunFiles:
             left, reason = self._arrays(*METRIC_FOLDERS), "its checkpoints are gone; restore them"
             left += [path for epoch, path in self.models() if epoch > first_checkpoint]
         if left and not self.checkpoints():
-            raise UserError(
+            raise CannotResume(
                 f"{left[0]}: a run of index {self.index} is in progress here and cannot be resumed, since {reason}, or begin it anew "
                 "with --restart, which deletes what is here of it"
             )

@@ -432,6 +432,14 @@ def test_a_run_that_cannot_be_resumed_is_not_overwritten(change, named, reason, 
     assert everything_in(results) == before
 
 
+def test_a_run_that_cannot_be_resumed_does_not_stop_those_beside_it(results, capsys):
+    delete("experiment_checkpoints/*")(results / BASE)
+    assert start(results, "--experiment-index", "0,1") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith("error: index 0: ") and "its checkpoints are gone" in errors[0]
+    assert np.load(results / BASE / "experiment_indices.npy").tolist() == [1]
+
+
 @pytest.mark.parametrize("state", ["finished", "checkpoints gone"])
 def test_restart_begins_anew_and_leaves_other_indices_alone(state, results, uninterrupted, capsys):
     folder = results / BASE
