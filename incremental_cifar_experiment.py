@@ -26,6 +26,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # mlproj-manager loads this file from anywhere
 
+import incremental_cifar  # noqa: F401 (before all others: it names a user who has no name)
+
+# isort: split
 import numpy as np
 import torch
 from mlproj_manager.experiments import Experiment
@@ -33,13 +36,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from incremental_cifar.cifar100 import ImageSet, load_images
-from incremental_cifar.command_line import OneLineArgumentParser, StopRequest, parse_indices, run_script, show_error, stop_requests, warn
+from incremental_cifar.command_line import (
+    OneLineArgumentParser,
+    StopRequest,
+    memory_errors,
+    parse_indices,
+    run_script,
+    show_error,
+    stop_requests,
+    warn,
+)
 from incremental_cifar.config import FREE_KEYS, MOST_RUNS_PER_GPU, Config, UserError, check_same_settings, load_config, make_config
 from incremental_cifar.continual_backprop import ContinualBackprop
 from incremental_cifar.cuda_graphs import Recorded
 from incremental_cifar.learning_curves import METRICS, STEPS_PER_WINDOW, LearningCurves
 from incremental_cifar.resnet import ResNet18, build_network, initialise
-from incremental_cifar.run_files import RunFiles
+from incremental_cifar.run_files import CannotResume, RunFiles
 from incremental_cifar.seeds import Purpose, draw_class_order, experiment_seed, generator_for
 from incremental_cifar.training import (
     EvaluationStep,
@@ -70,11 +82,8 @@ SECONDS_BETWEEN_REPORTS = 1.0  # at least, of the file that says how far a run i
 def user_errors() -> Iterator[None]:
     """Turn into a UserError what PyTorch raises where the machine, not our code, falls short."""
     try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the GPU's memory is full ({str(error).splitlines()[0]}); end what else runs there, or use another device or precision=bf16"
-        ) from None
+        with memory_errors():
+            yield
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"torch.compile failed ({reason}); use compile_network=false, or install a C++ compiler") from None
@@ -84,11 +93,21 @@ class IncrementalCIFARExperiment(Experiment):
     """One run of the experiment: `run()` trains to the end, from the last checkpoint if there is one, and `store_results()` stores.
 
     exp_params: the settings of `Config`, by name. results_dir: the experiment's folder. run_index: 0 to 99,999; decides seed, class order
-    and initial weights. verbose: print accuracies and times instead of showing a progress bar.
-    Raises UserError, before anything is written, if the settings cannot be used or differ from those the stored run was started with.
+    and initial weights. verbose: print accuracies and times instead of showing a progress bar. restart: delete what is there of this
+    index, and begin anew. without_models: go on although models of earlier tasks are gone.
+    Raises UserError, before anything is written, if the settings cannot be used or differ from those the stored run was started with, or
+    if that cannot be resumed.
     """
 
-    def __init__(self, exp_params: dict[str, Any], results_dir: str, run_index: int, verbose: bool = True):
+    def __init__(
+        self,
+        exp_params: dict[str, Any],
+        results_dir: str,
+        run_index: int,
+        verbose: bool = True,
+        restart: bool = False,
+        without_models: bool = False,
+    ):
         # Experiment.__init__ is not called: it would overwrite the stored config, in place and before any check.
         folder = Path(os.path.abspath(results_dir))
         settings = {key: value for key, value in exp_params.items() if key not in RUNNER_KEYS}
@@ -99,21 +118,22 @@ class IncrementalCIFARExperiment(Experiment):
         self.results_dir = str(folder)
         self.run_index = run_index
         self.verbose = verbose
+        self.restart = restart
+        self.without_models = without_models
         self.results_dict: dict[str, np.ndarray] = {}
 
         self.random_seed = experiment_seed(run_index)
         self.class_order = draw_class_order(self.random_seed)  # (100,)
         self.files = RunFiles(folder, run_index)
         self.device = choose_device(config.device)
-        self.check_stored_config()
-        self.is_finished = run_index in self.files.finished_indices()
+        self.check_stored_run()
         self.place = 0  # of this run's progress bar, among those of the runs in this process
         self.prefix = ""  # of everything that is printed
 
     def run(self) -> None:
         """Train from the start, or from the last checkpoint, to the end of the last task.
 
-        If Ctrl-C, SIGTERM or SIGUSR1 asks for it, ends the process after the current epoch, with a checkpoint and status 130, 143 or 138.
+        If one of STOP_SIGNALS asks for it, ends the process after the current epoch, with a checkpoint and 128 + its number as status.
         Raises UserError if the loss is no longer finite.
         """
         with stop_requests() as stop, contextlib.ExitStack() as held:
@@ -137,8 +157,7 @@ class IncrementalCIFARExperiment(Experiment):
             self.train_set, self.validation_set, self.test_set = images_of.train_set, images_of.validation_set, images_of.test_set
         held.enter_context(self.files.locked())
         # Again, now that nobody else can change it: another process may have started or finished the run since.
-        self.check_stored_config()
-        self.is_finished = self.run_index in self.files.finished_indices()
+        self.check_stored_run()
         if self.is_finished:
             print(nothing_to_do)
             return False
@@ -188,18 +207,29 @@ class IncrementalCIFARExperiment(Experiment):
         """
         if self.is_finished:
             return
-        for task in range(self.config.num_tasks + 1):
-            model = self.files.model_file(task * self.config.epochs_per_task)
-            if not model.exists():
-                raise UserError(f"{model}: this model was deleted while the run was in progress; restore it, or start another experiment")
-        self.store_curves(self.config.num_epochs)
+        self.check_models(self.config.num_epochs)
         self.files.mark_finished()
         self.is_finished = True
         print(f"Index {self.run_index} is finished; its results are in {self.results_dir}", flush=True)
 
-    def check_stored_config(self) -> None:
-        """Raise UserError if the stored run was started with settings that can give other results."""
-        check_same_settings(self.files.load_config(), self.config, self.files.config_file)
+    def check_stored_run(self) -> None:
+        """See whether the stored run is finished. Raise UserError if its settings can give other results, or if it cannot be resumed."""
+        self.is_finished = not self.restart and self.run_index in self.files.finished_indices()
+        if not self.restart:
+            if not self.is_finished:
+                self.files.check_resumable()
+            check_same_settings(self.files.load_config(), self.config, self.files.config_file)
+
+    def check_models(self, num_epochs: int) -> None:
+        """Raise UserError if a model that a run has after so many epochs is not there, or warn, if it may go on without."""
+        models = [self.files.model_file(epoch) for epoch in range(0, num_epochs + 1, self.config.epochs_per_task)]
+        missing = [path for path in models if not path.exists()]
+        if missing and not self.without_models:
+            raise UserError(
+                f"{missing[0]}: this model was deleted while the run was in progress; restore it, or go on without it by --without-models"
+            )
+        if missing:
+            warn(f"{self.prefix}going on without {', '.join(path.name for path in missing)} in {missing[0].parent}")
 
     # --- Before the first epoch --------------------------------------------------------------------------------------------------
 
@@ -260,7 +290,12 @@ class IncrementalCIFARExperiment(Experiment):
         return self.device.type == "cuda"
 
     def start_or_resume(self) -> int:
-        """Load the newest checkpoint, or write the files a run begins with; return the number of epochs already done."""
+        """Load the newest checkpoint, or write the files a run begins with; return the number of epochs already done.
+
+        What somebody deleted of a run meanwhile is written again, but models cannot be.
+        """
+        if self.restart:
+            self.files.forget()
         self.environment = describe_environment(self.device) | {"cuda_graphs": self.is_recorded}
         checkpoint = self.files.load_checkpoint()
         is_new = checkpoint is None
@@ -268,22 +303,28 @@ class IncrementalCIFARExperiment(Experiment):
             raise UserError(
                 f"{self.files.checkpoint_folder}: the newest checkpoint of index {self.run_index} is of a run with other settings"
             )
-        # Of a resumed run, what somebody deleted meanwhile.
+        before, here = self.environment if is_new else checkpoint["environment"], self.environment
         if is_new or not self.files.config_file.exists():
-            self.files.save_config(self.config, self.environment)
+            self.files.save_config(self.config, before)
         if is_new or not self.files.array_file("class_order").exists():
             self.files.save_array("class_order", self.class_order)
         if is_new or not self.files.model_file(0).exists():
             self.files.save_model(0, self.network)
         if is_new:
             return 0
+        epoch = checkpoint["epoch"]
+        self.check_models(epoch)
         self.load_checkpoint(checkpoint)
-        before, here = checkpoint["environment"], self.environment
+        self.store_curves(epoch)
+        start = self.files.add_resumption(epoch, here)
+        commits = [commit for commit in (before.get("commit"), start.get("commit")) if commit not in (None, here["commit"])]
+        if commits and here["commit"] is not None:
+            warn(f"{self.prefix}resuming with other code (commit {commits[0]} -> {here['commit']}): results may differ from either's")
         changed = [f"{key} {before.get(key)} -> {here[key]}" for key in EXACTNESS_KEYS if before.get(key) != here[key]]
         if changed:
             warn(f"resuming in another environment ({', '.join(changed)}): the last bits may differ from an uninterrupted run's")
-        print(f"Resuming index {self.run_index} after epoch {checkpoint['epoch']} of {self.config.num_epochs}.")
-        return checkpoint["epoch"]
+        print(f"Resuming index {self.run_index} after epoch {epoch} of {self.config.num_epochs}.")
+        return epoch
 
     # --- One epoch ---------------------------------------------------------------------------------------------------------------
 
@@ -376,8 +417,8 @@ class IncrementalCIFARExperiment(Experiment):
         }
         if self.continual_backprop is not None:
             state["continual_backprop"] = self.continual_backprop.state_dict()
-        self.store_curves(epoch)
         self.files.save_checkpoint(epoch, state)
+        self.store_curves(epoch)  # after it: metrics without a checkpoint are those of a run whose checkpoints are gone
 
     def load_checkpoint(self, state: dict[str, Any]) -> None:
         """Fill a stored state into the live network, optimizer, continual backpropagation and curves."""
@@ -579,15 +620,21 @@ def run_side_by_side(experiments: Sequence[IncrementalCIFARExperiment]) -> int:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the threads' streams do not wait for this one
         threads = [threading.Thread(target=train, args=(experiment,)) for experiment in ready]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
+        started = []
+        for experiment, thread in zip(ready, threads, strict=True):
+            try:
+                with memory_errors():
+                    thread.start()
+                started.append(thread)
+            except UserError as error:
+                report(experiment, error)
+        for thread in started:
             thread.join()
     return next((status for status in (1, 2) if status in statuses), max(statuses))
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> tuple[Config, list[int], bool]:
-    """The config, the indices and whether to be verbose. Raises UserError."""
+def parse_arguments(arguments: Sequence[str] | None) -> tuple[Config, list[int], dict[str, bool]]:
+    """The config, the indices and the options of every run. Raises UserError."""
     parser = OneLineArgumentParser(description="Run, or resume, one run of incremental CIFAR-100, or several side by side.")
     parser.add_argument("--config", required=True, metavar="PATH", help="JSON file of settings; cfg/ has one per algorithm")
     parser.add_argument(
@@ -597,19 +644,30 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Config, list[int],
         help="0, 1, ...: decides seed, class order and initial weights (default 0); 0-3 or 0,2: several runs in one process",
     )
     parser.add_argument("--verbose", action="store_true", help="print accuracies and times instead of a progress bar")
+    parser.add_argument("--restart", action="store_true", help="delete what is there of these indices, and begin them anew")
+    parser.add_argument("--without-models", action="store_true", help="resume, and finish, although stored models are gone")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help="settings that override the config's"
     )
     parsed = parser.parse_args(arguments)
-    return load_config(parsed.config, parsed.overrides), parse_indices(parsed.experiment_index), parsed.verbose
+    options = {name: getattr(parsed, name) for name in ("verbose", "restart", "without_models")}
+    return load_config(parsed.config, parsed.overrides), parse_indices(parsed.experiment_index), options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    config, indices, verbose = parse_arguments(arguments)
+    config, indices, options = parse_arguments(arguments)
     folder = os.path.join(config.results_dir, config.experiment_name)
-    experiments = [IncrementalCIFARExperiment(config.to_dict(), folder, index, verbose) for index in indices]
-    if len(experiments) > 1:
-        return run_side_by_side(experiments)
+    experiments = []
+    for index in indices:
+        try:
+            experiments.append(IncrementalCIFARExperiment(config.to_dict(), folder, index, **options))
+        except CannotResume as error:  # the other runs can be trained
+            if len(indices) == 1:
+                raise
+            show_error(error, where=f"index {index}: ")
+    if len(indices) > 1:
+        status = run_side_by_side(experiments) if experiments else 2
+        return status if len(experiments) == len(indices) or status == 1 else 2
     experiments[0].run()
     return 0
 

@@ -6,7 +6,7 @@ Analyses every finished run of the experiment in that folder, of this project or
 runs in progress. Of a run with 20 tasks of 200 epochs, the network stored at epoch 200 i (i = 0..19) is shown 1,000 training images of
 task i's classes, which it has not met yet ("next task"), and 1,000 of all classes before them ("previous tasks"). About three minutes for
 such a run, measured: 177 s for a full-width one on real CIFAR-100 on two CPU cores. A model analysed before with the same settings is not
-analysed again. Index K's results appear beside its metrics, float32, a value per task, NaN where a run in progress has no model yet:
+analysed again. Index K's results appear beside its metrics, float32, a value per task, NaN where a model is not there (yet):
 
     weight_magnitude_analysis/index-K.npy                                     mean |parameter|
     {next_task,previous_tasks}_dormant_units_analysis/index-K.npy             fraction of all units; previous tasks of task 0: 0
@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -37,7 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from incremental_cifar.cifar100 import ImageSet, load_images
-from incremental_cifar.command_line import OneLineArgumentParser, parse_indices, run_script
+from incremental_cifar.command_line import OneLineArgumentParser, parse_indices, run_script, warn
 from incremental_cifar.config import NUM_CLASSES, NUM_SEEDS, REPOSITORY, RULES, SIZE_KEYS, Config, UserError, read_sizes
 from incremental_cifar.resnet import ResNet18, build_network
 from incremental_cifar.run_files import RunFiles, array_bytes
@@ -70,15 +71,21 @@ class Run(NamedTuple):
     files: RunFiles
     sizes: Config  # only the settings named in SIZE_KEYS are the run's own
     class_order: np.ndarray  # (100,)
-    num_tasks_here: int  # tasks 0, 1, ... whose first network is stored
-    has_final_network: bool
+    tasks_here: list[int]  # those whose first network is there; the number of tasks stands for the final network
     settings: dict[str, Any]  # what decides whether stored results are those that this command asks for, but the models
-    model_digests: list[str]  # SHA-256 of the files of tasks 0, 1, ... and, in a finished run, of the final network
+    # SHA-256 of the files of tasks 0, 1, ... and, in a finished run, of the final network. Of a model that is gone, as the analysis had it;
+    # None if there was none.
+    model_digests: list[str | None]
 
     @property
     def classes(self) -> np.ndarray:
         """All classes of the run, in the order in which it meets them: 100 at the paper's sizes."""
         return self.class_order[: self.sizes.num_classes_seen(self.sizes.num_tasks - 1)]
+
+    @property
+    def has_final_network(self) -> bool:
+        """Whether the run came to its end, even if that network is gone."""
+        return len(self.model_digests) > self.sizes.num_tasks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,8 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         find_run(folder, index, parsed.dormant_unit_threshold, parsed.batch_norm)
         for index in choose_indices(folder, parsed.experiment_index)
     ]
-    results = [no_results(run) if parsed.overwrite else load_results(run) for run in runs]
-    missing = [missing_tasks(run, stored) for run, stored in zip(runs, results, strict=True)]
+    results = [load_results(run) for run in runs]
+    missing = [run.tasks_here if parsed.overwrite else missing_tasks(run, stored) for run, stored in zip(runs, results, strict=True)]
     for run, stored, tasks in zip(runs, results, missing, strict=True):
         if tasks:
             check_destinations(settings_file(run.files), *map(run.files.array_file, stored))
@@ -241,11 +248,7 @@ def find_run(folder: Path, index: int, dormant_unit_threshold: float, batch_norm
             f"{sizes.epochs_per_task} epochs, as {files.config_file.parent.name}/{files.config_file.name} {source}"
         )
     last = expected[-1] if is_finished else max(epochs)
-    for epoch in expected:
-        if epoch <= last and epoch not in epochs:
-            reason = f"though {files.indices_file.name} says that the run is finished" if is_finished else f"though that of epoch {last} is"
-            raise UserError(f"{files.model_file(epoch)}: this model is not there, {reason}; restore it, or leave index {index} out")
-    digests = [model_digest(files.model_file(epoch)) for epoch in sorted(epochs)]
+    digests = [model_digest(files.model_file(epoch)) if epoch in epochs else None for epoch in expected if epoch <= last]
     settings = {
         "dormant_unit_threshold": dormant_unit_threshold,
         "batch_norm": batch_norm,
@@ -254,7 +257,13 @@ def find_run(folder: Path, index: int, dormant_unit_threshold: float, batch_norm
         "network_width": sizes.network_width if "network_width" in stored_keys else None,
         "class_order_sha256": hashlib.sha256(class_order.tobytes()).hexdigest(),
     }
-    return Run(files, sizes, class_order, min(len(epochs), sizes.num_tasks), expected[-1] in epochs, settings, digests)
+    tasks_here = [task for task, digest in enumerate(digests) if digest is not None]
+    earlier = load_digests(files, settings)
+    if len(earlier) <= len(digests) and all(here in (None, then) for here, then in zip(digests, earlier, strict=False)):
+        digests = [here or then for here, then in itertools.zip_longest(digests, earlier)]  # what is known of models that are gone
+    if gone := [epoch for epoch, digest in zip(expected, digests, strict=False) if digest is None]:
+        warn(f"{files.model_file(gone[0])}: this model is not there; index {index} is analysed without epoch {_listed(gone)}")
+    return Run(files, sizes, class_order, tasks_here, settings, digests)
 
 
 def load_class_order(files: RunFiles, is_finished: bool) -> np.ndarray:
@@ -452,21 +461,25 @@ def load_results(run: Run) -> dict[str, np.ndarray]:
     """The stored results that were computed from the models there now, with the settings asked for; NaN where there are none."""
     results, num_tasks = no_results(run), run.sizes.num_tasks
     is_kept = np.zeros(num_tasks + 1, dtype=bool)  # per task, and of the final network
-    try:
-        stored_settings = json.loads(_file(settings_file(run.files)).read_text(encoding="utf-8"))
-        stored_digests = stored_settings.pop("model_sha256")
-        # There may be more models by now. If there are fewer, the run was started again, and nothing stored is kept.
-        if stored_settings == run.settings and len(stored_digests) <= len(run.model_digests):
-            for task, (stored, present) in enumerate(zip(stored_digests, run.model_digests, strict=False)):
-                is_kept[task] = stored == present
-    except Exception:  # not there, or damaged in one of many ways: it is computed again
-        return results
+    stored_digests = load_digests(run.files, run.settings)
+    if len(stored_digests) <= len(run.model_digests):  # there may be more models by now; if fewer, the run was started again
+        is_kept[: len(stored_digests)] = [stored == here for stored, here in zip(stored_digests, run.model_digests, strict=False)]
     for metric, array in results.items():
-        with contextlib.suppress(Exception):  # as above
+        with contextlib.suppress(Exception):  # not there, or damaged in one of many ways: it is computed again
             stored = np.load(_file(run.files.array_file(metric)), allow_pickle=False)
             if stored.shape == array.shape and stored.dtype == array.dtype:
                 array[:] = np.where(is_kept[num_tasks] if metric == ACCURACY_PER_CLASS else is_kept[:num_tasks], stored, array)
     return results
+
+
+def load_digests(files: RunFiles, settings: dict[str, Any]) -> list[str | None]:
+    """SHA-256 of the models that the stored results were computed from; none if that was with other settings."""
+    try:
+        stored = json.loads(_file(settings_file(files)).read_text(encoding="utf-8"))
+        digests = list(stored.pop("model_sha256"))
+    except Exception:  # not there, or damaged in one of many ways
+        return []
+    return digests if stored == settings else []
 
 
 def _file(path: Path) -> Path:
@@ -477,10 +490,9 @@ def _file(path: Path) -> Path:
 
 def missing_tasks(run: Run, results: dict[str, np.ndarray]) -> list[int]:
     """The tasks there whose results are not, or not finite; after the last task, the number of tasks stands for the final network."""
-    tasks = [task for task in range(run.num_tasks_here) if not all(np.isfinite(results[metric][task]) for metric in TASK_METRICS)]
-    if run.has_final_network and not np.isfinite(results[ACCURACY_PER_CLASS]).all():
-        tasks.append(run.sizes.num_tasks)
-    return tasks
+    is_there = [all(np.isfinite(results[metric][task]) for metric in TASK_METRICS) for task in range(run.sizes.num_tasks)]
+    is_there.append(ACCURACY_PER_CLASS in results and bool(np.isfinite(results[ACCURACY_PER_CLASS]).all()))
+    return [task for task in run.tasks_here if not is_there[task]]
 
 
 def save_results(run: Run, results: dict[str, np.ndarray]) -> None:
@@ -505,7 +517,7 @@ def describe_results(run: Run, results: dict[str, np.ndarray], done: str) -> str
         "               mean   on images of the next task       of previous tasks",
         "task classes |weight| dormant % stable r. effect. r. dormant % stable r. effect. r.",
     ]
-    for task in range(run.num_tasks_here):
+    for task in np.flatnonzero(np.isfinite(results[WEIGHT_MAGNITUDE])):
         line = f"{task + 1:4} {sizes.num_classes_seen(task):7} {results[WEIGHT_MAGNITUDE][task]:8.5f}"
         for shown in ("next_task", "previous_tasks"):
             dormant, effective, stable = (results[f"{shown}_{metric}_analysis"][task] for metric in UNIT_METRICS)
@@ -514,10 +526,10 @@ def describe_results(run: Run, results: dict[str, np.ndarray], done: str) -> str
         lines.append(line)
     if not run.files.config_file.is_file():
         lines.append(f"There is no {run.files.config_file.parent.name}/{run.files.config_file.name}: taken to be of the paper's sizes.")
-    if run.has_final_network:
+    if run.has_final_network and np.isfinite(results[ACCURACY_PER_CLASS]).all():
         lines.append(f"Test accuracy of the final network: {100 * results[ACCURACY_PER_CLASS].mean():.2f} %")
-    else:
-        first, last = run.num_tasks_here + 1, sizes.num_tasks
+    elif not run.has_final_network:
+        first, last = len(run.model_digests) + 1, sizes.num_tasks
         missing = "" if first > last else f"task {last} and " if first == last else f"tasks {first} to {last} and "
         lines.append(f"Missing, since the run is not finished: {missing}the accuracy per class; the same command fills them in later.")
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import io
 import os
 import re
@@ -39,13 +40,31 @@ def parse_indices(text: str) -> list[int]:
     return sorted(indices)
 
 
+class Terminal(io.FileIO):
+    """A terminal's output; once its connection is lost it takes everything and shows nothing, so that this does not end a run."""
+
+    def write(self, content: bytes) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return len(content)
+
+
 def run_script(main: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | None = None) -> int:
     """Run a script's `main`; turn a UserError, and what the system refuses, into one line on standard error and exit status 2."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
+            if stream.isatty():
+                buffer = io.BufferedWriter(Terminal(stream.fileno(), "w", closefd=False))
+                stream = io.TextIOWrapper(buffer, encoding=stream.encoding, line_buffering=True)
+                setattr(sys, name, stream)
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end a run
     try:
-        return main(arguments)
+        with memory_errors():
+            return main(arguments)
     except UserError as error:
         show_error(error)
         return 2
@@ -59,6 +78,39 @@ def run_script(main: Callable[[Sequence[str] | None], int], arguments: Sequence[
         return 128 + signal.SIGINT
 
 
+# How PyTorch and its oneDNN say, in a RuntimeError, that there is no memory; and Python, that there is none for a thread.
+NO_MEMORY = (
+    "out of memory|not enough memory|(can't|[Cc]annot) allocate memory|bad_alloc|could not (create|execute) a (primitive|memory object)|"
+    "can't start new thread"
+)
+
+
+def is_memory_full(error: BaseException) -> bool:
+    """Whether an error says that there is no memory, a GPU's or this machine's."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(NO_MEMORY, str(error)) is not None)
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn into a UserError what Python, NumPy and PyTorch raise where memory is full, and what only follows from that."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not is_memory_full(cause):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        if "CUDA" in reason:
+            text = f"the GPU's memory is full ({reason}); end what else runs there, or use another device or precision=bf16"
+        else:
+            text = (
+                f"this machine's memory, or what a process may have of it, is full ({reason}); end what else runs here, or raise its limit"
+            )
+        raise UserError(text) from None
+
+
 def show_error(error: Exception, where: str = "") -> None:
     """Print a UserError, or what the system refuses, as one line on standard error. where: begins the line, as in "index 3: "."""
     is_about_a_file = isinstance(error, OSError) and error.filename is not None
@@ -69,6 +121,10 @@ def show_error(error: Exception, where: str = "") -> None:
 def warn(message: str) -> None:
     """Print a one-line warning on standard error."""
     print("warning: " + message, file=sys.stderr, flush=True)
+
+
+# What asks a run to stop after its epoch: Ctrl-C, the wishes of batch systems, a lost connection.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class StopRequest:
@@ -85,7 +141,7 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1, as shells report it."""
+        """130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, and so on, as shells report it."""
         return 128 + self.signal_number
 
 
@@ -94,15 +150,16 @@ SECONDS_OF_ONE_SIGNAL = 2.0  # Slurm sends SIGTERM twice, milliseconds apart, wh
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Inside this context, the first SIGINT, SIGTERM or SIGUSR1 (Slurm's warning) is noted; the second ends the process.
+    """Inside this context, the first of STOP_SIGNALS is noted and answered in a line; the second ends the process.
 
-    SIGTERM and SIGUSR1 within two seconds of the first signal are taken for the same request; a second Ctrl-C never is.
+    Within two seconds of the first signal, others are taken for the same request; a second Ctrl-C never is. A signal that was ignored
+    before, as nohup has it with SIGHUP, stays so; but not SIGINT, which a shell has its background processes ignore.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request  # only the main thread may handle signals
         return
-    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    handled = [number for number in STOP_SIGNALS if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN]
     noted_at = 0.0
 
     def note(signal_number: int, frame: object) -> None:
@@ -110,6 +167,9 @@ def stop_requests() -> Iterator[StopRequest]:
         if not request:
             request.signal_number, noted_at = signal_number, time.monotonic()
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a sweep sees by this that the run has been asked
+            hint = "; Ctrl-C again ends it now" if signal_number == signal.SIGINT else ""
+            with contextlib.suppress(OSError):  # the terminal may be gone; print is not for signal handlers
+                os.write(2, f"\n{request.name}: stopping after this epoch{hint}\n".encode())
         elif time.monotonic() - noted_at > SECONDS_OF_ONE_SIGNAL:
             signal.signal(signal_number, signal.SIG_DFL)
             os.kill(os.getpid(), signal_number)

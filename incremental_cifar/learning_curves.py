@@ -41,7 +41,7 @@ class LearningCurves:
     def __init__(self, num_steps: int, num_epochs: int, device: torch.device):
         self.step_losses = torch.zeros(num_steps, device=device)
         self.step_accuracies = torch.zeros(num_steps, device=device)
-        self.per_epoch = {name: np.zeros(num_epochs, dtype=np.float32) for name in PER_EPOCH_METRICS}
+        self.per_epoch = {name: np.full(num_epochs, np.nan, dtype=np.float32) for name in PER_EPOCH_METRICS}
 
     def record_epoch(self, epoch: int, **values: float) -> None:
         """Store an epoch's values under the metrics' names; `epoch` counts from 0."""
@@ -69,7 +69,7 @@ class LearningCurves:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Fill in the curves of a stored state, in place."""
+        """Fill in the curves of a stored state, in place; a metric that it does not hold stays NaN up to there."""
         for mine, stored in ((self.step_losses, state["step_losses"]), (self.step_accuracies, state["step_accuracies"])):
             mine[: len(stored)] = stored
         for name, values in state["per_epoch"].items():

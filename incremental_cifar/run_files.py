@@ -5,7 +5,7 @@
 
 An experiment's folder, results_dir/experiment_name/, holds for each index K:
 
-    config_files/index-K.json                 the complete config, and under "_environment" versions and device
+    config_files/index-K.json                 the complete config; versions, device and commit of the start, and of each resumption
     <metric>/index-K.npy                      one folder per metric, see learning_curves.METRICS
     model_parameters/index-K_epoch-E.pt       state dicts: the initial network (E = 0) and the network at the end of each task
     experiment_checkpoints/index-K_epoch-E.pt what a run resumes from; the newest two
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from incremental_cifar.command_line import warn
+from incremental_cifar.command_line import is_memory_full, warn
 from incremental_cifar.config import Config, UserError, make_config, read_stored
 from incremental_cifar.safe_files import check_destinations, lock, read_note, write_file, write_note
 
@@ -36,6 +36,13 @@ if TYPE_CHECKING:
     import torch  # otherwise imported where tensors are written or read: whoever only looks at runs need not wait seconds for it
 
 CHECKPOINTS_KEPT = 2
+
+METRIC_FOLDERS = ("*_per_checkpoint", "*_per_epoch", "*_runtime")  # of what a run measures
+ANALYSIS_FOLDERS = ("*_analysis", "accuracy_per_class_in_order")  # of what post_run_analysis.py finds out later
+
+
+class CannotResume(UserError):
+    """A run is in progress in a folder, and there is nothing to resume it from."""
 
 
 class RunFiles:
@@ -69,6 +76,14 @@ class RunFiles:
         """The config this run was started with, or None if it was not. Raises UserError if the file is not a config."""
         settings = read_stored(self.config_file)
         return None if settings is None else make_config(settings, source=str(self.config_file), experiment_name=self.folder.name)
+
+    def add_resumption(self, epoch: int, environment: dict[str, Any]) -> dict[str, Any]:
+        """Note in the stored config that the run goes on after this epoch, and in which environment; return that of its start."""
+        content = read_stored(self.config_file) or {}
+        earlier, start = content.get("_resumptions"), content.get("_environment")
+        content["_resumptions"] = [*(earlier if isinstance(earlier, list) else []), {"epoch": epoch, **environment}]
+        write_file(self.config_file, (json.dumps(content, indent=1) + "\n").encode())
+        return start if isinstance(start, dict) else {}
 
     # --- metrics ---
 
@@ -111,15 +126,63 @@ class RunFiles:
             except DamagedFile as error:
                 warn(f"{path}: this checkpoint is damaged ({error}); looking for the one before it")
         if checkpoints:
-            raise UserError(f"{self.checkpoint_folder}: no checkpoint of index {self.index} is whole; delete them to start the run again")
+            raise UserError(
+                f"{self.checkpoint_folder}: no checkpoint of index {self.index} is whole; delete them to start the run again (--restart)"
+            )
         return None
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Epoch and path of this run's checkpoints, oldest first."""
+        return self._by_epoch(self.checkpoint_folder)
+
+    def models(self) -> list[tuple[int, Path]]:
+        """Epoch and path of this run's models, oldest first."""
+        return self._by_epoch(self.model_file(0).parent)
+
+    def _by_epoch(self, folder: Path) -> list[tuple[int, Path]]:
         pattern = re.compile(rf"index-{self.index}_epoch-(\d+)\.pt")
-        names = os.listdir(self.checkpoint_folder) if self.checkpoint_folder.is_dir() else []
+        names = os.listdir(folder) if folder.is_dir() else []
         matches = [match for match in map(pattern.fullmatch, names) if match]
-        return sorted((int(match[1]), self.checkpoint_folder / match[0]) for match in matches)
+        return sorted((int(match[1]), folder / match[0]) for match in matches)
+
+    # --- what is left of a run ---
+
+    def check_resumable(self) -> None:
+        """Raise CannotResume if a run got further here than a new one has before its first checkpoint, and there is none to resume it from.
+
+        A run writes its config first, and its metrics after each checkpoint; so one that was killed before its first is still new.
+        """
+        left, reason = self._released_checkpoints(), "it is one of the released code; finish it there"
+        if "_environment" not in (read_stored(self.config_file) or {"_environment"}):
+            left.append(self.config_file)
+        if not left:
+            config = self.load_config()
+            first_checkpoint = config.epochs_per_checkpoint if config else -1
+            left, reason = self._arrays(*METRIC_FOLDERS), "its checkpoints are gone; restore them"
+            left += [path for epoch, path in self.models() if epoch > first_checkpoint]
+        if left and not self.checkpoints():
+            raise CannotResume(
+                f"{left[0]}: a run of index {self.index} is in progress here and cannot be resumed, since {reason}, or begin it anew "
+                "with --restart, which deletes what is here of it"
+            )
+
+    def forget(self) -> None:
+        """Delete all that is there of this run. If that is interrupted, what is left is not taken for a finished or a new run."""
+        if self.index in self.finished_indices():
+            self.mark_finished(False)
+        paths = [path for _, path in self.checkpoints()]
+        paths += self._released_checkpoints()
+        paths += [path for _, path in self.models()]
+        paths += [*self._arrays(*ANALYSIS_FOLDERS), self.folder / "analysis_settings" / self.config_file.name, self.progress_file]
+        paths += [self.config_file, self.array_file("class_order"), *self._arrays(*METRIC_FOLDERS)]
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+    def _released_checkpoints(self) -> list[Path]:
+        return sorted(self.checkpoint_folder.glob(f"index-{self.index}_current_epoch-*.p"))
+
+    def _arrays(self, *folders: str) -> list[Path]:
+        return [path for folder in folders for path in sorted(self.folder.glob(f"{folder}/index-{self.index}.npy"))]
 
     # --- how far it is ---
 
@@ -184,10 +247,11 @@ class RunFiles:
                 "on from its last checkpoint"
             ) from None
 
-    def mark_finished(self) -> None:
-        """Add this index to the finished ones; several runs of one experiment may do so at once."""
+    def mark_finished(self, finished: bool = True) -> None:
+        """Add this index to the finished ones, or take it from them; several runs of one experiment may do so at once."""
         with lock(self.indices_lock_file, wait=True):
-            indices = np.array(sorted({*self.finished_indices(), self.index}), dtype=np.int64)
+            others = set(self.finished_indices()) - {self.index}
+            indices = np.array(sorted({*others, self.index} if finished else others), dtype=np.int64)
             write_file(self.indices_file, array_bytes(indices))
 
 
@@ -218,6 +282,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, depending on where a file is damaged
+        if is_memory_full(error):
+            raise
         raise DamagedFile(f"cannot be read: {type(error).__name__}") from None
     if not isinstance(state, dict) or state.pop("sha256", None) != state_digest(state):
         raise DamagedFile("its checksum does not hold")

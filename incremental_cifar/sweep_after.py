@@ -45,7 +45,7 @@ def analyse(experiments: Sequence[Experiment], keep: str, workers: Workers) -> l
             if index in finished and has_models(experiment, index):
                 indices.append(index)
             elif index in finished and not is_analysed(experiment, index):
-                problems.append(f"{experiment.folder}: index {index} cannot be analysed, since not all of its models are there")
+                problems.append(f"{experiment.folder}: index {index} cannot be analysed, since its models are gone")
         if indices:
             device = experiment.device(workers.places[0].has_gpu)
             command = [sys.executable, str(REPOSITORY / "post_run_analysis.py"), "--results_dir", str(experiment.folder)]
@@ -60,8 +60,8 @@ def analyse(experiments: Sequence[Experiment], keep: str, workers: Workers) -> l
 
 
 def has_models(experiment: Experiment, index: int) -> bool:
-    """Whether all models of a finished run are there."""
-    return all(path.exists() for path in model_files(experiment, index))
+    """Whether models of a finished run are there: what can be analysed is."""
+    return any(path.exists() for path in model_files(experiment, index))
 
 
 def model_files(experiment: Experiment, index: int) -> list[Path]:
@@ -70,9 +70,9 @@ def model_files(experiment: Experiment, index: int) -> list[Path]:
 
 
 def is_analysed(experiment: Experiment, index: int) -> bool:
-    """Whether a finished run's analysis is there whole: its settings are written last, with a digest per model."""
-    settings = read_note(experiment.folder / "analysis_settings" / f"index-{index}.json")
-    return len(settings.get("model_sha256", ())) == experiment.config.num_tasks + 1
+    """Whether a finished run's analysis is there whole: its settings are written last, with a digest per model (null: it was gone)."""
+    digests = read_note(experiment.folder / "analysis_settings" / f"index-{index}.json").get("model_sha256", ())
+    return len(digests) == experiment.config.num_tasks + 1 and None not in digests
 
 
 def tidy(experiment: Experiment, index: int, keep: str) -> None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple
 
-from incremental_cifar.command_line import SECONDS_OF_ONE_SIGNAL, warn
+from incremental_cifar.command_line import SECONDS_OF_ONE_SIGNAL, STOP_SIGNALS, warn
 from incremental_cifar.config import UserError
 from incremental_cifar.safe_files import lock_holder
 from incremental_cifar.sweep_plan import Experiment, Job, make_jobs
@@ -57,7 +57,6 @@ from incremental_cifar.sweep_status import (
 
 SECONDS_BETWEEN_LOOKS = 1.0  # at the progress of what runs
 SECONDS_BETWEEN_LINES = 60.0  # that say how far everything is, where the output is not a terminal
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LINES_OF_A_FAILED_LOG = 5
 # What it means that a signal ended a process, where the signal's name does not say so.
 MEANINGS = {
@@ -225,8 +224,9 @@ def is_asked_to_stop(process: int) -> bool:
 
 
 class Workers:
-    """Places and the processes in them. As a context: the first SIGINT, SIGTERM or SIGUSR1 asks all processes to stop, the second kills.
+    """Places and the processes in them. As a context: the first of STOP_SIGNALS asks all processes to stop, the second kills.
 
+    A lost connection (SIGHUP) is not for them: it ends the sweep, and they go on.
     Whoever sends a signal to all processes at once, as Slurm and systemd do, has asked the runs too; those are not asked twice, since that
     would end them without a checkpoint.
     """
@@ -248,7 +248,7 @@ class Workers:
         return self.signals[0] if self.signals else None
 
     def __enter__(self) -> "Workers":
-        self._previous = {number: signal.signal(number, self._note_signal) for number in STOP_SIGNALS}
+        self._previous = {number: signal.signal(number, self._note_signal) for number in STOP_SIGNALS if number != signal.SIGHUP}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:

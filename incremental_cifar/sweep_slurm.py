@@ -38,7 +38,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from incremental_cifar.command_line import warn
+from incremental_cifar.command_line import STOP_SIGNALS, warn
 from incremental_cifar.config import REPOSITORY, UserError, load_config
 from incremental_cifar.safe_files import lock_holder, read_note, write_file, write_note
 from incremental_cifar.sweep_after import KEEP, STEPS, do_steps, is_analysed, tidy
@@ -82,7 +82,7 @@ OURS = {
     "wait",
     "wrap",
 }
-NOT_HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # by the experiment in a job
+NOT_HEARD = set(STOP_SIGNALS) - {signal.SIGINT}  # by the experiment in a job
 SECONDS_FOR_REQUEUE = 15  # before a job's limit: then it is queued again even if its epoch has not ended
 LEAST_SIGNAL_BEFORE = 2 * SECONDS_FOR_REQUEUE
 SECONDS_BETWEEN_REQUESTS = 5  # to a Slurm that does not answer

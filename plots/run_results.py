@@ -101,7 +101,7 @@ class Run(NamedTuple):
     sizes: Config  # only the keys of SIZE_KEYS are this run's; the paper's where its config does not say
     has_config: bool  # whether there is a config file
     analysis: AnalysisSettings | None  # None for metrics that do not depend on them
-    values: np.ndarray  # (epochs or tasks so far,) float64, in the unit of the axis; NaN where a task is not analysed yet
+    values: np.ndarray  # (epochs or tasks so far,) float64, in the unit of the axis; NaN where the run has none
 
     @property
     def config_file(self) -> str:
@@ -237,8 +237,8 @@ def _read_run(results_dir: Path, algorithm: str, index: int, metric: Metric) -> 
             f"{path}: holds {len(values):,} values, not the paper's {longest:,} {points}, and there is no {config_file} to say what they "
             "are; copy it too"
         )
-    missing = np.flatnonzero(np.isnan(values))
-    if metric.per_epoch and len(missing):
+    missing = np.flatnonzero(np.diff(np.isnan(values), prepend=True) & np.isnan(values))
+    if metric.per_epoch and len(missing):  # not those before the first value: they are of epochs in which the run did not measure it yet
         raise UserError(f"{path}: the value of epoch {missing[0] + 1} is not a number")
     if not metric.has_first_task:
         values[:1] = np.nan
@@ -337,7 +337,7 @@ def make_curves(runs: dict[str, list[Run]], metric: Metric, per_epoch: bool = Fa
             remarks.append(f"{label}: {_short_text(short, points)}")
         if metric.is_relative:
             rows = {index: _difference(values, series[RETRAINED, index]) for index, values in rows.items()}
-            rows = {index: values for index, values in rows.items() if len(values)}
+            rows = {index: values for index, values in rows.items() if np.isfinite(values).any()}
         if not rows:
             continue
         length = max(len(values) for values in rows.values())

@@ -1,6 +1,12 @@
-"""Texts of --experiment-index: which indices they name, and which are refused."""
+"""What the scripts have in common: texts of --experiment-index, users without a name."""
+
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
+from conftest import REPOSITORY
 
 from incremental_cifar.command_line import parse_indices
 from incremental_cifar.config import UserError
@@ -32,3 +38,15 @@ def test_other_texts_are_refused_in_one_line(text):
         parse_indices(text)
     message = str(caught.value)
     assert message.startswith("--experiment-index: got ") and "from 0 to 99999" in message and len(message) < 200
+
+
+@pytest.mark.parametrize("script", ["incremental_cifar_experiment.py", "plots/plot_paper_figure.py"])
+def test_a_user_without_a_name_and_a_home_can_start_the_scripts(script):
+    """A number without an entry in /etc/passwd, as with `docker run --user 12345`."""
+    nameless = ["unshare", "--user", "--map-user=12345"]
+    if shutil.which("unshare") is None or subprocess.run([*nameless, "true"], capture_output=True).returncode != 0:
+        pytest.skip("cannot become another user here")
+    environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME")}
+    command = [*nameless, sys.executable, str(REPOSITORY / script), "--help"]
+    completed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert completed.returncode == 0 and completed.stdout.startswith("usage: "), completed.stderr

@@ -1,6 +1,7 @@
 """The experiment script from its command line: what it writes, and that an interruption changes none of it."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import ALGORITHMS, REPOSITORY, TINY, everything_in, stored_results, tiny_arguments
 
+import post_run_analysis
 from incremental_cifar.cifar100 import draw_synthetic_images
 from incremental_cifar.command_line import run_script
 from incremental_cifar.config import UserError
@@ -21,6 +23,8 @@ from incremental_cifar.learning_curves import METRICS, LearningCurves
 from incremental_cifar.resnet import build_network
 from incremental_cifar.run_files import RunFiles, state_digest
 from incremental_cifar.seeds import draw_class_order, experiment_seed
+from plots.run_results import METRICS as PLOTTED_METRICS
+from plots.run_results import make_curves, read_runs
 
 NUM_EPOCHS = 12
 NUM_STEPS = 4 * (4 + 8 + 12)
@@ -89,6 +93,59 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(uninte
     actual = stored_results(tmp_path / algorithm)
     assert actual.keys() == expected.keys()
     assert [name for name in actual if actual[name] != expected[name]] == []
+
+
+def test_every_signal_that_asks_a_run_to_stop_is_answered_at_once_and_leaves_a_checkpoint(uninterrupted, tmp_path, script):
+    """A lost connection and SIGUSR2 like SIGTERM; the answer comes while the epoch is still running, on a line of its own."""
+    algorithm = "base_deep_learning_system"
+    arguments = tiny_arguments(algorithm, tmp_path)
+    for epoch, (number, hint) in enumerate([(signal.SIGHUP, ""), (signal.SIGUSR2, ""), (signal.SIGINT, "; Ctrl-C again ends it now")], 1):
+        run = script([*arguments, "--verbose"], prepare=functools.partial(signal_in_epoch, epoch, number))
+        assert run.wait() == 128 + number, run.output()
+        lines = run.output().splitlines()
+        answer = lines.index(f"{signal.Signals(number).name}: stopping after this epoch{hint}")
+        assert any(line.startswith("\tvalidation accuracy") for line in lines[answer:]), lines
+        assert f"stopped after epoch {epoch} with a checkpoint" in lines[-1]
+    run = script(arguments, prepare=ignore_and_lose_connection)
+    assert run.wait() == 0, run.output()
+    assert stored_results(tmp_path / algorithm) == stored_results(uninterrupted(algorithm))
+
+
+def signal_in_epoch(number, signal_number):
+    """Have this process get a signal when the so-many-th epoch begins, from 1."""
+    import incremental_cifar_experiment as script_module
+
+    train_epoch = script_module.IncrementalCIFARExperiment.train_epoch
+
+    def train(self, epoch, classes, stepsize):
+        if epoch + 1 == number:
+            signal.raise_signal(signal_number)
+        train_epoch(self, epoch, classes, stepsize)
+
+    script_module.IncrementalCIFARExperiment.train_epoch = train
+
+
+def ignore_and_lose_connection():
+    """As under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal_in_epoch(5, signal.SIGHUP)
+
+
+def test_a_terminal_that_vanishes_takes_no_epoch_along(tmp_path):
+    """Its output cannot be written any more, and the run still ends its epoch and writes the checkpoint."""
+    controller, terminal = os.openpty()
+    command = [sys.executable, str(REPOSITORY / "incremental_cifar_experiment.py"), "--verbose"]
+    command += tiny_arguments("base_deep_learning_system", tmp_path, epochs_per_task=1000)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment, start_new_session=True)
+    os.close(terminal)
+    output = b""
+    while b"Epoch 2/" not in output:
+        output += os.read(controller, 1000)
+    os.close(controller)
+    process.send_signal(signal.SIGHUP)  # as the shell passes it on
+    assert process.wait(60) == 129
+    assert len(list((tmp_path / "base_deep_learning_system" / "experiment_checkpoints").iterdir())) == 1
 
 
 def test_two_processes_give_the_same_results(uninterrupted, tmp_path, script):
@@ -301,6 +358,166 @@ def test_files_deleted_before_a_run_is_resumed(deleted, changes, message, tmp_pa
         assert stored_results(tmp_path / algorithm) == stored_results(uninterrupted(algorithm))
 
 
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """The results of a run that was interrupted in its seventh epoch, after its checkpoint. Not to be changed."""
+    import incremental_cifar_experiment as script_module
+
+    class Interrupted(script_module.IncrementalCIFARExperiment):
+        def train_epoch(self, epoch, classes, stepsize):
+            if epoch == 6:
+                raise KeyboardInterrupt
+            super().train_epoch(epoch, classes, stepsize)
+
+    folder = tmp_path_factory.mktemp("interrupted") / BASE
+    config, *_ = script_module.parse_arguments(arguments_of(folder.parent))
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted(config.to_dict(), str(folder), 0, verbose=False).run()
+    return folder.parent
+
+
+BASE = "base_deep_learning_system"
+
+
+def arguments_of(results_dir, *more):
+    return [*tiny_arguments(BASE, results_dir, checkpoint_save_frequency=6), *more]
+
+
+def start(results_dir, *more):
+    import incremental_cifar_experiment as script_module
+
+    return run_script(script_module.main, arguments_of(results_dir, *more))
+
+
+@pytest.fixture
+def results(interrupted, tmp_path):
+    """A copy of the interrupted run's results."""
+    return shutil.copytree(interrupted, tmp_path / "results")
+
+
+def delete(*patterns):
+    def change(folder):
+        for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+            path.unlink()
+
+    return change
+
+
+def make_released(folder, with_checkpoint):
+    """What the released code has in a run in progress: its own checkpoints, the config as it was given, and no metrics."""
+    delete("*_per_epoch/*", "*_runtime/*", "*_per_checkpoint/*", "class_order/*", "experiment_checkpoints/*")(folder)
+    if with_checkpoint:
+        (folder / "experiment_checkpoints" / "index-0_current_epoch-6.p").write_bytes(b"pickled")
+    path = folder / "config_files" / "index-0.json"
+    config = json.loads(path.read_text())
+    del config["_environment"]
+    path.write_text(json.dumps(config))
+
+
+LEFT_WITHOUT_CHECKPOINTS = {
+    "checkpoints deleted": (delete("experiment_checkpoints/*"), "/index-0.npy", "its checkpoints are gone; restore them"),
+    "all but models deleted": (delete("[!m]*/*"), "index-0_epoch-0.pt", "its checkpoints are gone; restore them"),
+    "released": (lambda folder: make_released(folder, True), "index-0_current_epoch-6.p", "it is one of the released code"),
+    "released, its checkpoint deleted": (lambda folder: make_released(folder, False), "index-0.json", "it is one of the released code"),
+}
+
+
+@pytest.mark.parametrize(("change", "named", "reason"), LEFT_WITHOUT_CHECKPOINTS.values(), ids=LEFT_WITHOUT_CHECKPOINTS)
+def test_a_run_that_cannot_be_resumed_is_not_overwritten(change, named, reason, results, capsys):
+    change(results / BASE)
+    before = everything_in(results)
+    assert start(results) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{named}: a run of index 0 is in progress" in error and reason in error and "--restart" in error
+    assert everything_in(results) == before
+
+
+def test_a_run_that_cannot_be_resumed_does_not_stop_those_beside_it(results, capsys):
+    delete("experiment_checkpoints/*")(results / BASE)
+    assert start(results, "--experiment-index", "0,1") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith("error: index 0: ") and "its checkpoints are gone" in errors[0]
+    assert np.load(results / BASE / "experiment_indices.npy").tolist() == [1]
+
+
+@pytest.mark.parametrize("state", ["finished", "checkpoints gone"])
+def test_restart_begins_anew_and_leaves_other_indices_alone(state, results, uninterrupted, capsys):
+    folder = results / BASE
+    for number, path in enumerate(path for path in sorted(folder.rglob("index-0*")) if path.suffix != ".lock"):
+        path.with_name(path.name.replace("index-0", "index-10")).write_bytes(b"of another index")
+        if number % 2:
+            path.write_bytes(b"damaged")
+    np.save(folder / "experiment_indices.npy", [0, 10] if state == "finished" else [10])
+    (folder / "next_task_stable_rank_analysis").mkdir()
+    (folder / "next_task_stable_rank_analysis" / "index-0.npy").write_bytes(b"of the run before")
+    if state == "checkpoints gone":
+        delete("experiment_checkpoints/index-0_*")(folder)
+    others = {path: content for path, content in everything_in(folder).items() if "index-10" in path}
+    assert start(results, "--restart") == 0, capsys.readouterr().err
+    ours = {name: content for name, content in stored_results(folder).items() if "index-10" not in name}
+    expected = stored_results(uninterrupted(BASE))
+    assert {name for name in ours if ours[name] != expected.get(name)} == {"experiment_indices.npy"} and ours.keys() == expected.keys()
+    assert np.load(folder / "experiment_indices.npy").tolist() == [0, 10]
+    assert others == {path: content for path, content in everything_in(folder).items() if "index-10" in path}
+
+
+def test_models_that_are_gone_are_noticed_when_a_run_is_resumed(results, uninterrupted, monkeypatch, capsys):
+    """Before any epoch is trained; and the run can go on without, and is finished then."""
+    import incremental_cifar_experiment as script_module
+
+    folder = results / BASE
+    delete("model_parameters/index-0_epoch-4.pt")(folder)
+    monkeypatch.setattr(script_module.IncrementalCIFARExperiment, "train", lambda *_: pytest.fail("an epoch was trained"))
+    assert start(results) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "index-0_epoch-4.pt: this model was deleted" in error and "--without-models" in error
+    monkeypatch.undo()
+    assert start(results, "--without-models") == 0
+    assert "warning: going on without index-0_epoch-4.pt in " in capsys.readouterr().err
+    expected = stored_results(uninterrupted(BASE))
+    del expected["model_parameters/index-0_epoch-4.pt"]
+    assert stored_results(folder) == expected
+    assert start(results) == 0 and "is finished; nothing to do" in capsys.readouterr().out
+
+
+def test_other_code_is_named_and_every_resumption_recorded(results, monkeypatch, capsys):
+    import incremental_cifar_experiment as script_module
+
+    describe = script_module.describe_environment
+    config_file = results / BASE / "config_files" / "index-0.json"
+    started = json.loads(config_file.read_text())
+    for commit, warnings in (("b" * 40, 1), (started["_environment"]["commit"], 0)):
+        monkeypatch.setattr(script_module, "describe_environment", lambda device, commit=commit: describe(device) | {"commit": commit})
+        train = script_module.IncrementalCIFARExperiment.train
+        monkeypatch.setattr(script_module.IncrementalCIFARExperiment, "train", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            start(results)
+        monkeypatch.setattr(script_module.IncrementalCIFARExperiment, "train", train)
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        assert len(lines) == warnings and all(started["_environment"]["commit"] in line and commit in line for line in lines), lines
+    stored = json.loads(config_file.read_text())
+    resumptions = stored.pop("_resumptions")
+    assert stored == started
+    assert [(entry["epoch"], entry["commit"]) for entry in resumptions] == [(6, "b" * 40), (6, started["_environment"]["commit"])]
+
+
+def test_a_metric_that_a_run_did_not_have_from_its_start_is_missing_before(results):
+    """NaN in the array, and no point in a figure; not 0."""
+    (_, path), *_ = [(epoch, path) for epoch, path in RunFiles(results / BASE, 0).checkpoints()]
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["sha256"], checkpoint["curves"]["per_epoch"]["test_accuracy_per_epoch"]
+    torch.save(checkpoint | {"sha256": state_digest(checkpoint)}, path)
+    assert start(results) == 0
+    values = np.load(results / BASE / "test_accuracy_per_epoch" / "index-0.npy")
+    assert np.isnan(values[:6]).all() and np.isfinite(values[6:]).all()
+    metric = PLOTTED_METRICS["test_accuracy_per_epoch"]
+    runs = read_runs(results, metric)
+    (curve,) = make_curves(runs, metric, per_epoch=True).curves
+    assert curve.values[0] == pytest.approx(100 * values.astype(float), nan_ok=True)
+    (curve,) = make_curves(runs, metric).curves
+    assert np.isnan(curve.values[0]).tolist() == [True, True, False]
+
+
 def test_early_stopping_goes_back_to_the_first_best_epoch(tmp_path, monkeypatch):
     """The stored network is the one of the epoch with the task's best validation accuracy; of equals, the first."""
     import incremental_cifar_experiment as script_module
@@ -357,6 +574,52 @@ def test_a_full_gpu_is_one_line(tmp_path, monkeypatch, capsys):
     assert run_script(script_module.main, tiny_arguments("base_deep_learning_system", tmp_path)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "memory is full (CUDA out of memory. Tried to allocate 2 GiB.)" in error and "More" not in error
+
+
+def no_memory(*_, **__):
+    raise RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 90 bytes.\nMore."
+    )
+
+
+def no_memory_for_python(*_, **__):
+    raise MemoryError
+
+
+def no_memory_for_a_convolution(*_, **__):
+    raise RuntimeError("could not create a primitive")
+
+
+def no_memory_to_save(*_, **__):
+    """As torch.save ends: what it says last is not what was wrong."""
+    try:
+        raise MemoryError
+    finally:
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+
+@pytest.mark.parametrize(
+    ("place", "failure"),
+    [
+        ("incremental_cifar_experiment.load_images", no_memory_for_python),
+        ("incremental_cifar_experiment.train_one_epoch", no_memory_for_a_convolution),
+        ("torch.save", no_memory_to_save),
+        ("torch.load", no_memory),
+        ("torch.load in the analysis", no_memory),
+        ("post_run_analysis.hidden_features in the analysis", no_memory),
+    ],
+)
+def test_a_full_memory_is_one_line_and_does_no_harm(place, failure, results, monkeypatch, capsys):
+    """Above all, a checkpoint that there is no memory to read is not a damaged one."""
+    monkeypatch.setattr(place.split(" ")[0], failure)
+    if "analysis" in place:
+        arguments = ["--results_dir", str(results / BASE), "--device", "cpu", "--experiment-index", "0"]
+        assert run_script(post_run_analysis.main, arguments) == 2
+    else:
+        assert start(results) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%" not in line]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and " memory" in lines[0] and "is full (" in lines[0], lines
+    assert [epoch for epoch, _ in RunFiles(results / BASE, 0).checkpoints()] == [6]
 
 
 def test_resuming_in_another_environment_warns(tmp_path, script):
