@@ -37,8 +37,8 @@ smoke: setup  ## the demo in its smallest form: one run to one figure, seconds
 test: setup  ## all tests, two files at a time; first the one that waits for Slurm's time limits
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_sweep_slurm.py tests
 
-stress: setup  ## the tests of crash safety, many times over, with a table of their counts, and of torch.compile; about ten minutes
-	STRESS=1 $(PY) -m pytest -q tests/test_crash_safety.py tests/test_cuda_graphs.py
+stress: setup  ## crash safety many times over, all of the numeric grid, torch.compile; a table of counts; about half an hour
+	STRESS=1 $(PY) -m pytest -q tests/test_crash_safety.py tests/test_cuda_graphs.py tests/test_numerics.py
 
 lint: setup  ## Ruff's checks, and that the formatting is Ruff's
 	$(PY) -m ruff check .

@@ -142,7 +142,7 @@ class RunFiles:
     def _by_epoch(self, folder: Path) -> list[tuple[int, Path]]:
         pattern = re.compile(rf"index-{self.index}_epoch-(\d+)\.pt")
         names = os.listdir(folder) if folder.is_dir() else []
-        matches = [match for match in map(pattern.fullmatch, names) if match]
+        matches = [match for match in map(pattern.fullmatch, names) if match and (folder / match[0]).is_file()]
         return sorted((int(match[1]), folder / match[0]) for match in matches)
 
     # --- what is left of a run ---

@@ -34,7 +34,9 @@ TINY_ALGORITHM = {
     "shrink_and_perturb": {"noise_std": 0.001},
 }
 
-torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
+# Tiny tensors: a second thread costs more than it brings, here and in the processes that tests start, above all beside other work.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["incremental_cifar_experiment"])

@@ -136,8 +136,7 @@ def test_a_terminal_that_vanishes_takes_no_epoch_along(tmp_path):
     controller, terminal = os.openpty()
     command = [sys.executable, str(REPOSITORY / "incremental_cifar_experiment.py"), "--verbose"]
     command += tiny_arguments("base_deep_learning_system", tmp_path, epochs_per_task=1000)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment, start_new_session=True)
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
     os.close(terminal)
     output = b""
     while b"Epoch 2/" not in output:
@@ -681,7 +680,6 @@ def test_through_mlproj_managers_runner(uninterrupted, tmp_path):
     command = [sys.executable, "-c", start, str(tmp_path), "--json_config_string", json.dumps(settings)]
     command += ["--exp_file_path", str(REPOSITORY / "incremental_cifar_experiment.py"), "--exp_class_name", "IncrementalCIFARExperiment"]
     command += ["--exp_name", "incremental_cifar_test", "--results_dir", str(tmp_path / "head_resetting")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    completed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    completed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert completed.returncode == 0, completed.stderr
     assert stored_results(tmp_path / "head_resetting") == stored_results(uninterrupted("head_resetting"))

@@ -27,14 +27,15 @@ TRAINING_BATCHES = (1, 45, 90)  # a last batch of one image, an odd one, the pap
 TOLERANCE = {"fp32": (2e-3, 1e-5), "bf16": (0.3, 0.1)}
 
 GRID = [(width, threads, instructions) for width in WIDTHS for threads in THREADS for instructions in INSTRUCTION_SETS]
-SAMPLE = [(1, 2, "AVX2"), (2, 4, "DEFAULT"), (4, 2, "AVX2"), (4, 2, "DEFAULT"), (8, 4, "DEFAULT"), (8, 7, "DEFAULT"), (12, 2, "DEFAULT")]
+SAMPLE = [(4, 2, "AVX2"), (4, 2, "DEFAULT"), (8, 4, "DEFAULT"), (8, 7, "DEFAULT"), (12, 2, "AVX2")]
 
 
 @pytest.mark.parametrize(("width", "threads", "instructions"), GRID if STRESS else SAMPLE)
 def test_forward_and_backward_equal_float64(width, threads, instructions):
     command = [sys.executable, __file__, str(width), str(threads)]
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions, "PYTHONPATH": paths}
+    settings = {"ONEDNN_MAX_CPU_ISA": instructions, "PYTHONPATH": paths}
+    environment = os.environ | settings | {"OMP_WAIT_POLICY": "PASSIVE"}  # threads beyond the cores do not keep each other waiting
     checked = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert checked.returncode == 0, f"exit status {checked.returncode}: {checked.stdout}{checked.stderr}"
     what = "networks equal to float64: widths, threads, instructions"
@@ -51,15 +52,18 @@ def check_training(width: int, batch: int, precision: str) -> None:
     labels = torch.randint(0, 100, (batch,), generator=generator)
     masks: list[Tensor] = []
 
+    relu = torch.relu_
+
     def noting_relu(x: Tensor) -> Tensor:
         masks.append(x.detach() > 0)
-        return x.clamp(min=0)
+        return relu(x)
 
     network = build_network(0, width).to(memory_format=torch.channels_last)
     torch.relu_ = noting_relu
     actual = loss_and_gradients(network, images.to(memory_format=torch.channels_last), labels, precision)
     torch.relu_ = lambda x: x * masks.pop(0)
     expected = loss_and_gradients(build_network(0, width).double(), images.double(), labels, "fp32")
+    torch.relu_ = relu
     whole = torch.stack([right.norm() for right in expected.values()]).norm()
     for name, right in expected.items():
         error = (actual[name].double() - right).norm()

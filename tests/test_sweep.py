@@ -183,7 +183,7 @@ def machine_with_gpus(folder: Path, nvidia_smi: str) -> dict[str, str]:
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\n{nvidia_smi}\n")
     program.chmod(0o755)
-    environment = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}"}
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     return environment
 

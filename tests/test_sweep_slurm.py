@@ -45,7 +45,7 @@ class Sweep:
 
     def __init__(self, arguments: list[str], environment: dict[str, str]):
         self.command = [sys.executable, str(REPOSITORY / "run_sweep.py"), *arguments]
-        self.environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+        self.environment = os.environ | environment
 
     def __call__(self, *more: str) -> subprocess.CompletedProcess:
         return subprocess.run([*self.command, *more], env=self.environment, capture_output=True, text=True, timeout=120)
