@@ -21,7 +21,7 @@ setup: $(if $(filter .venv,$(VENV)),.venv/.complete)  ## make the environment (a
 
 # A small problem: 4 tasks of 5 classes, 6 epochs each, 180 built-in images per class, a network of an eighth of the width; units are
 # reset more often. A run per core, with one thread: so narrow a network gains nothing from a second one.
-DEMO := dataset=synthetic network_width=8 num_tasks=4 epochs_per_task=6 train_images_per_class=180 replacement_rate=1e-3 maturity_threshold=50
+DEMO := dataset=synthetic device=cpu network_width=8 num_tasks=4 epochs_per_task=6 train_images_per_class=180 replacement_rate=1e-3 maturity_threshold=50
 DEMO_ALGORITHMS := base_deep_learning_system continual_backpropagation retrained_network
 demo: OUT := results/demo
 demo: setup  ## three algorithms, two runs each, on built-in images, to the figures: offline, under four minutes

@@ -7,8 +7,9 @@
 
 Images are the built-in ones. Nothing is simplified: an epoch is that of a run, with its order, augmentation, resets or noise and metrics,
 and evaluation as a run does it. The variants take turns, and tables show the fastest turn of each: what else a machine does only slows.
-The bare loop is forward, loss, backward and torch.optim.SGD on one fixed batch, channels-last; on a GPU it is replayed from a CUDA graph
-too, and waits for nothing.
+Each precision has a process of its own, so that neither its memory nor a recording that failed is another's; a table is printed as soon as
+it is measured. The bare loop is forward, loss, backward and torch.optim.SGD on one fixed batch, channels-last; on a GPU it is replayed from
+a CUDA graph too, and waits for nothing.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,11 +36,10 @@ from torch import Tensor
 from incremental_cifar.augmentation import augmented, draw_transformations
 from incremental_cifar.command_line import OneLineArgumentParser, run_script, warn
 from incremental_cifar.config import REPOSITORY, UserError, load_config
-from incremental_cifar.cuda_graphs import Recorded
+from incremental_cifar.cuda_graphs import CaptureError, Recorded
 from incremental_cifar.resnet import build_network
 from incremental_cifar.training import (
     STEPS_PER_CHUNK,
-    autocast,
     choose_device,
     device_name,
     evaluate,
@@ -49,48 +49,52 @@ from incremental_cifar.training import (
     set_arithmetic,
     train_one_epoch,
 )
-from incremental_cifar_experiment import IncrementalCIFARExperiment
+from incremental_cifar_experiment import IncrementalCIFARExperiment, user_errors
 
 ALGORITHMS = ("base_deep_learning_system", "continual_backpropagation", "head_resetting", "retrained_network", "shrink_and_perturb")
-BASE = ALGORITHMS[0]
+BARE, BASE, CONTINUAL = "bare loop", *ALGORITHMS[:2]
 NUM_CLASSES_OF_TASKS = range(5, 101, 5)
 EPOCHS_PER_TASK, IMAGES_PER_CLASS = 200, 450
+CLASSES_OF_EPOCHS = (5, 50, 100)  # of the epochs that a GPU is timed on
+RUNS_SIDE_BY_SIDE = (1, 2, 3, 4, 6)
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
     """How long a function takes, waiting for the device before and after."""
-    synchronise(device)
+    wait = functools.partial(torch.cuda.synchronize, device) if is_gpu(device) else lambda: None
+    wait()
     start = time.perf_counter()
     run()
-    synchronise(device)
+    wait()
     return time.perf_counter() - start
 
 
 class BareLoop:
     """Forward, loss, backward and SGD on one fixed batch: what PyTorch itself needs for this network."""
 
-    def __init__(self, width: int, batch_size: int, precision: str, device: torch.device):
+    def __init__(self, width: int, batch_size: int, precision: str, device: torch.device, has_graphs: bool):
         self.network = build_network(0, width).to(device, memory_format=torch.channels_last)
         self.images, self.labels, _ = example_batch(batch_size, device)
         self.images.normal_(generator=torch.Generator(device).manual_seed(0))
         self.precision = precision
-        if device.type == "cpu":
+        self.remark = ""
+        if not has_graphs:
             self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.01, momentum=0.9, weight_decay=0.0005)
             return
         self.optimizer = make_optimizer(self.network, 0.01, 0.9, 0.0005)
         changed = [*self.network.parameters(), *self.network.buffers(), *momentum_buffers(self.optimizer)]
         try:
             self.replay = Recorded(lambda images: (self.step(),), (self.images,), changed).replay
-        except RuntimeError as error:
+        except CaptureError as error:
+            self.remark = " (not recorded)"
             warn(f"the bare loop cannot be recorded as a CUDA graph ({str(error).splitlines()[0]})")
 
     def step(self) -> Tensor:
-        with autocast(self.precision, self.images.device):
+        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             logits, _ = self.network(self.images)
         loss = F.cross_entropy(logits.float(), self.labels)
         self.optimizer.zero_grad()
@@ -100,7 +104,7 @@ class BareLoop:
 
     replay = step
 
-    def run(self, num_steps: int) -> None:
+    def learn(self, num_steps: int) -> None:
         for _ in range(num_steps):
             self.replay()
 
@@ -116,19 +120,33 @@ class BenchedRun:
         folder = os.path.join(config.results_dir, config.experiment_name)
         self.experiment = IncrementalCIFARExperiment(config.to_dict(), folder, index, verbose=False)
         self.experiment.prepare(held, images_of=images_of.experiment if images_of is not None else None)
-        self.device = self.experiment.device
+        self.device, self.config = self.experiment.device, self.experiment.config
+        self.batch = example_batch(self.config.batch_size, self.device)
+
+    @property
+    def remark(self) -> str:
+        """What to say beside this run's numbers: which of its steps were to be replayed from a CUDA graph and are not."""
+        run = self.experiment
+        steps = {"step": run.training_step, "evaluation": run.evaluation_step}
+        failed = [name for name, step in steps.items() if run.has_graphs and self.config.cuda_graphs and step.recorded is None]
+        return f" ({' and '.join(failed)} not recorded)" if failed else ""
 
     def num_steps(self, num_classes: int) -> int:
-        return -(-num_classes * self.experiment.config.train_images_per_class // self.experiment.config.batch_size)
+        return -(-num_classes * self.config.train_images_per_class // self.config.batch_size)
 
     def train(self, num_classes: int) -> None:
         """An epoch of training on so many classes."""
         run = self.experiment
         classes = run.class_order[:num_classes]
-        curves, batch_size = run.curves, run.config.batch_size
+        curves, batch_size = run.curves, self.config.batch_size
         train_one_epoch(
             run.training_step, run.train_set, classes, batch_size, run.random_seed, 0, curves.step_losses, curves.step_accuracies, 0
         )
+
+    def learn(self, num_steps: int) -> None:
+        """So many steps alone, all on the same black images."""
+        for number in range(num_steps):
+            self.experiment.training_step(*self.batch, number)
 
     def evaluate(self, num_classes: int) -> None:
         """An epoch's evaluation: test and validation images of so many classes, results read from the device."""
@@ -139,7 +157,7 @@ class BenchedRun:
     def transform(self, num_chunks: int) -> None:
         """The augmentation of so many chunks of steps alone."""
         run = self.experiment
-        n = run.config.batch_size * STEPS_PER_CHUNK[self.device.type]
+        n = self.config.batch_size * STEPS_PER_CHUNK[self.device.type]
         indices = torch.arange(n, device=self.device) * 7 % (100 * run.train_set.images_per_class)
         transformations = draw_transformations(n, torch.Generator().manual_seed(0)).to(self.device)
         for _ in range(num_chunks):
@@ -156,152 +174,168 @@ class BenchedRun:
 
 
 class Bench:
-    """All measurements of one precision on one device."""
+    """All measurements of one precision on one device. A table is its header and its rows."""
 
     def __init__(self, held: contextlib.ExitStack, device: torch.device, precision: str, parsed: argparse.Namespace):
         self.held, self.device, self.precision = held, device, precision
-        self.is_gpu = device.type == "cuda"
+        self.is_gpu = is_gpu(device)
         self.batch_size, self.turns = parsed.batch_size, parsed.turns or (5 if self.is_gpu else 10)
+        # The epochs whose steps are timed have 100 steps on a GPU. On a CPU they have one, so that variants take turns every second.
+        self.classes = parsed.classes or (20 if self.is_gpu else 1)
+        self.images_per_class = IMAGES_PER_CLASS if self.is_gpu else min(parsed.batch_size, IMAGES_PER_CLASS)
         self.settings = {
             "device": str(device),
             "precision": precision,
             "network_width": parsed.width,
             "batch_size": parsed.batch_size,
+            "train_images_per_class": self.images_per_class,
+            "compile_network": False,  # takes its time for every run: see `compiled_steps`
         }
-        # The epochs whose steps are timed have 100 steps on a GPU. On a CPU they have one, so that variants take turns every second.
-        self.classes = parsed.classes or (20 if self.is_gpu else 1)
-        self.images_per_class = IMAGES_PER_CLASS if self.is_gpu else min(parsed.batch_size, IMAGES_PER_CLASS)
-        self.settings["train_images_per_class"] = self.images_per_class
         self.first: BenchedRun | None = None
-        self.is_compiled = parsed.compile
-        set_arithmetic(precision, deterministic=True)
-        self.runs = {BASE: self.new_run()}
-        self.runs[BASE].train(self.classes)
-        self.runs[BASE].evaluate(self.classes)
+        base = self.new_run()
+        base.train(self.classes)
+        base.evaluate(self.classes)
         self.peak_memory = peak_memory(device)  # of one run, before there are others
-        self.bare = BareLoop(parsed.width, parsed.batch_size, precision, device)
-        self.runs |= {algorithm: self.new_run(algorithm) for algorithm in ALGORITHMS[1:]}
+        bare = BareLoop(parsed.width, parsed.batch_size, precision, device, base.experiment.has_graphs)
+        self.variants: dict[str, BareLoop | BenchedRun] = {BARE: bare, BASE: base}
+        self.variants |= {algorithm: self.new_run(algorithm) for algorithm in ALGORITHMS[1:]}
+        if self.is_gpu:
+            self.variants["base, cuda_graphs=false"] = self.new_run(cuda_graphs=False)
+            self.variants["base, deterministic=false"] = self.new_run(deterministic=False)
+            set_arithmetic(precision, deterministic=True)
 
     def new_run(self, algorithm: str = BASE, index: int = 0, **settings: object) -> BenchedRun:
         run = BenchedRun(self.held, algorithm, index, self.settings | settings, self.first)
         self.first = self.first or run
         return run
 
-    def step_rows(self) -> list[list[str]]:
-        """Rows of the table of training steps."""
-        runs = dict(self.runs)
-        if self.is_gpu:
-            runs["base, plain, without CUDA graph"] = self.new_run(cuda_graphs=False)
-            runs["base, deterministic=false"] = self.new_run(deterministic=False)
-            set_arithmetic(self.precision, deterministic=True)
-        if self.is_compiled:
-            runs["base, compile_network=true"] = self.new_run(compile_network=True)
-        num_steps = self.first.num_steps(self.classes)
-        variants = {"bare loop": functools.partial(self.bare.run, num_steps)}
-        variants |= {name: functools.partial(run.train, self.classes) for name, run in runs.items()}
-        for epoch in variants.values():
-            epoch()  # warm up
-        times: dict[str, list[float]] = {name: [] for name in variants}
-        for _ in range(self.turns):
-            for name, epoch in variants.items():
-                times[name].append(seconds(epoch, self.device) / num_steps)
-        rows = []
-        for name, values in times.items():
-            step = min(values)
-            over = [step / min(times[to]) for to in ("bare loop", BASE)]
-            parts = ["", "", ""]
-            if name in ALGORITHMS:
-                data = self.seconds_of(runs[name].transform) / STEPS_PER_CHUNK[self.device.type]
-                # On a GPU, what the host does meanwhile costs nothing: there, it is what a step takes longer than the base system's.
-                longer = step - min(times[BASE])
-                reset = longer if self.is_gpu else self.seconds_of(runs[name].reset)
-                parts = [f"{1000 * part:.2f}" for part in (data, step - data - reset, reset)]
-            rows.append([self.precision, name, f"{1000 * step:.2f}", f"{self.batch_size / step:,.0f}", *parts, *(f"{o:.3f}" for o in over)])
-        return rows
+    def fastest(self, variants: dict[Hashable, Callable[[], object]]) -> dict[Hashable, float]:
+        """Seconds of the fastest turn of each variant; they take turns, the first of which only warms up."""
+        times = [[seconds(variant, self.device) for variant in variants.values()] for _ in range(1 + self.turns)]
+        return dict(zip(variants, map(min, zip(*times[1:], strict=True)), strict=True))
 
     def seconds_of(self, part: Callable[[int], None]) -> float:
         """Seconds of one repetition of a part of a step, alone."""
         repeats = 50 if self.is_gpu else 5
-        return min(seconds(functools.partial(part, repeats), self.device) / repeats for _ in range(3))
+        return self.fastest({part: functools.partial(part, repeats)})[part] / repeats
 
-    def epochs(self) -> tuple[list[list[str]], dict[int, float]]:
-        """Rows of the table of epochs with the projection to a full run, and the seconds of training an epoch by number of classes."""
-        num_classes = (5, 50, 100) if self.is_gpu else (self.classes,)
-        run = self.runs["continual_backpropagation"]
-        repeats = IMAGES_PER_CLASS / self.images_per_class
-        training, evaluation = {}, {}
-        for classes in num_classes:
-            run.evaluate(classes)  # warm up
-            turns = range(self.turns)
-            training[classes] = repeats * min(seconds(functools.partial(run.train, classes), self.device) for _ in turns)
-            evaluation[classes] = min(seconds(functools.partial(run.evaluate, classes), self.device) for _ in turns)
-        rows = [
-            [
-                self.precision,
-                f"epoch of {classes} class{'es' * (classes > 1)}",
-                f"{training[classes]:.3f} s",
-                f"{evaluation[classes]:.3f} s",
-                f"{100 * evaluation[classes] / (training[classes] + evaluation[classes]):.1f} %",
-            ]
+    def steps(self, names: Sequence[str]) -> list[list[str]]:
+        """Rows of the table of training steps."""
+        num_steps = self.first.num_steps(self.classes)
+        epochs = {name: functools.partial(self.variants[name].train, self.classes) for name in names if name != BARE}
+        times = self.fastest({BARE: functools.partial(self.variants[BARE].learn, num_steps)} | epochs)
+        rows = []
+        for name, value in times.items():
+            run, step = self.variants[name], value / num_steps
+            parts = ["", "", ""]
+            if name in ALGORITHMS:
+                data = self.seconds_of(run.transform) / STEPS_PER_CHUNK[self.device.type]
+                # On a GPU, what the host does meanwhile costs nothing: there, it is what a step takes longer than the base system's.
+                reset = step - times[BASE] / num_steps if self.is_gpu else self.seconds_of(run.reset)
+                parts = [f"{1000 * part:.2f}" for part in (data, step - data - reset, reset)]
+            over = [f"{value / times[to]:.3f}" for to in (BARE, BASE)]
+            rows.append([self.precision, name + run.remark, f"{1000 * step:.2f}", f"{self.batch_size / step:,.0f}", *parts, *over])
+        return rows
+
+    def compiled_steps(self) -> list[list[str]]:
+        """Rows of the table of training steps with the network compiled, and not."""
+        name = "base, compile_network=true"
+        self.variants[name] = self.new_run(compile_network=True)
+        return self.steps([BASE, name])
+
+    def epochs(self) -> tuple[list[list[str]], list[list[str]], dict[int, float]]:
+        """Rows of the table of epochs with the projection to a full run, and of the table of evaluation with batch norm folded and not.
+
+        And the seconds of training an epoch by number of classes.
+        """
+        num_classes = CLASSES_OF_EPOCHS if self.is_gpu else (self.classes,)
+        run = self.variants[CONTINUAL]
+        default = run.config.fold_batch_norm
+        runs = {default: run, not default: self.new_run(CONTINUAL, fold_batch_norm=not default)}
+        variants = {("training", classes): functools.partial(run.train, classes) for classes in num_classes}
+        variants |= {
+            (is_folded, classes): functools.partial(runs[is_folded].evaluate, classes)
             for classes in num_classes
-        ]
+            for is_folded in (False, True)
+        }
+        times = self.fastest(variants)
+        training = {classes: IMAGES_PER_CLASS / self.images_per_class * times["training", classes] for classes in num_classes}
+        evaluation = {classes: times[default, classes] for classes in num_classes}
+        epochs, evaluations = [], []
+        for classes in num_classes:
+            what = f"{classes} class{'es' * (classes > 1)}"
+            plain, folded = times[False, classes], times[True, classes]
+            share = f"{100 * evaluation[classes] / (training[classes] + evaluation[classes]):.1f} %"
+            epochs.append(
+                [self.precision, f"epoch of {what}{run.remark}", f"{training[classes]:.3f} s", f"{evaluation[classes]:.3f} s", share]
+            )
+            remark = runs[False].remark or runs[True].remark
+            evaluations.append([self.precision, what + remark, f"{plain:.3f} s", f"{folded:.3f} s", f"{plain / folded:.2f}"])
         totals = [EPOCHS_PER_TASK * sum(at(values, classes) for classes in NUM_CLASSES_OF_TASKS) for values in (training, evaluation)]
         share = f"{100 * totals[1] / sum(totals):.1f} %"
         projected = f"4,000 epochs (projected): {duration(sum(totals))}"
-        rows.append([self.precision, projected, duration(totals[0]), duration(totals[1]), share])
-        return rows, training
+        epochs.append([self.precision, projected, duration(totals[0]), duration(totals[1]), share])
+        return epochs, evaluations, training
 
     def side_by_side(self) -> list[list[str]]:
         """Rows of the table of several runs at once on a GPU, in threads on streams of their own, as `--experiment-index 0-3` runs them."""
-        counts = (1, 2, 4)
-        runs = [self.runs["continual_backpropagation"], *(self.new_run("continual_backpropagation", n) for n in range(1, counts[-1]))]
+        runs = [self.variants[CONTINUAL], *(self.new_run(CONTINUAL, n) for n in range(1, max(RUNS_SIDE_BY_SIDE)))]
+        streams = [torch.cuda.Stream(self.device) for _ in runs]
 
-        def train_together(together: Sequence[BenchedRun]) -> None:
-            def train(run: BenchedRun) -> None:
-                with torch.cuda.stream(torch.cuda.Stream(self.device)):
-                    run.train(self.classes)
-                    run.experiment.curves.step_losses[0].item()  # waits for this stream
+        def train(run: BenchedRun, stream: torch.cuda.Stream) -> None:
+            with torch.cuda.stream(stream):
+                run.train(self.classes)
+                run.experiment.curves.step_losses[0].item()  # waits for this stream
 
-            with ThreadPoolExecutor(len(together)) as threads:
-                list(threads.map(train, together))  # raises what they raise
+        def train_together(count: int) -> None:
+            with ThreadPoolExecutor(count) as threads:
+                list(threads.map(train, runs[:count], streams[:count]))  # raises what they raise
 
-        train_together(runs)  # warm up
-        rates: dict[int, list[float]] = {count: [] for count in counts}
-        for _ in range(self.turns):
-            for count in counts:
-                rates[count].append(count / seconds(functools.partial(train_together, runs[:count]), self.device))
+        times = self.fastest({count: functools.partial(train_together, count) for count in reversed(RUNS_SIDE_BY_SIDE)})
         images = self.first.num_steps(self.classes) * self.batch_size
         return [
             [
                 self.precision,
-                f"{count} run{'s' * (count > 1)}",
-                f"{images * max(values):,.0f}",
-                f"{max(values) / max(rates[1]):.2f}",
+                f"{count} run{'s' * (count > 1)}{runs[count - 1].remark}",
+                f"{images * count / times[count]:,.0f}",
+                f"{count * times[1] / times[count]:.2f}",
             ]
-            for count, values in rates.items()
+            for count in RUNS_SIDE_BY_SIDE
         ]
 
-    def profile(self, num_rows: int = 10) -> list[list[str]]:
-        """Rows of the table of what the time of a training step goes into, the slowest first."""
-        run, classes = self.runs["continual_backpropagation"], max(1, self.classes // 5)
+    def operations(self, variant: BareLoop | BenchedRun) -> dict[str, tuple[float, float]]:
+        """Kernels and copies on a GPU, on a CPU operators (those that others call count too): of each, how many a step has and their ms.
+
+        To be called when all is timed: what a profiler has watched may stay slower.
+        """
+        if not self.is_gpu:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # or it reports as an error that there is no GPU
+        steps = 20 if self.is_gpu else 1
         activity = torch.profiler.ProfilerActivity
         with torch.profiler.profile(activities=[activity.CPU, *[activity.CUDA] * self.is_gpu], acc_events=True) as profiler:
-            seconds(functools.partial(run.train, classes), self.device)
-        events = profiler.key_averages()
-        if self.is_gpu:  # kernels alone: those who launched them would count them twice
-            kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation]
-            time_of = {event.key: event.self_device_time_total for event in kernels}  # microseconds
-        else:
-            time_of = {event.key: event.self_cpu_time_total for event in events}
-        total = sum(time_of.values())
-        if total == 0:
-            warn("--profile: the profiler saw no kernels; it may lack the permission to")
-        steps = run.num_steps(classes)
+            seconds(functools.partial(variant.learn, steps), self.device)
+        seen = {}
+        for event in profiler.key_averages():
+            if self.is_gpu:  # not those who launch: they would count twice
+                is_counted, spent = event.device_type == torch.autograd.DeviceType.CUDA, event.self_device_time_total  # microseconds
+            else:
+                is_counted, spent = event.key.startswith("aten::"), event.self_cpu_time_total
+            if is_counted and not event.is_user_annotation:
+                seen[event.key] = event.count / steps, spent / 1000 / steps
+        return seen
+
+    def counts(self) -> tuple[list[list[str]], list[list[str]]]:
+        """Rows of the table of how many operations a step of each variant has, and of that of the slowest of continual backpropagation."""
         rows = []
-        for name in sorted(time_of, key=time_of.__getitem__, reverse=True)[:num_rows]:
-            per_step, share = time_of[name] / steps / 1000, 100 * time_of[name] / total
-            rows.append([self.precision, name[:90], f"{per_step:.3f}", f"{share:.1f} %"])
-        return rows
+        for name, variant in self.variants.items():
+            seen = self.operations(variant)
+            rows.append([self.precision, name + variant.remark, f"{sum(number for number, _ in seen.values()):,.0f}"])
+            if name == CONTINUAL:
+                times = {key: milliseconds for key, (_, milliseconds) in seen.items()}
+        if not times:
+            warn("the profiler saw no kernels; it may lack the permission to")
+        shown = sorted(times, key=times.__getitem__, reverse=True)[:10]
+        return rows, [[self.precision, key[:90], f"{times[key]:.3f}", f"{100 * times[key] / sum(times.values()):.1f} %"] for key in shown]
 
 
 def at(measured: dict[int, float], num_classes: int) -> float:
@@ -371,16 +405,16 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def describe_machine(device: torch.device) -> str:
-    detail = f"CUDA {torch.version.cuda}" if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    detail = f"CUDA {torch.version.cuda}" if is_gpu(device) else f"{torch.get_num_threads()} threads"
     return f"{device_name(device)}, {detail}, PyTorch {torch.__version__}, Python {platform.python_version()}, {datetime.date.today()}"
 
 
 def peak_memory(device: torch.device) -> str:
-    """The most memory in use so far: on the GPU, or of this process (which has read and transformed all images)."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
+    """What one run has needed, said in words, in a process that has had no other; CUDA's own 0.5 GiB are not among the GPU's."""
+    if is_gpu(device):
+        return f"one run has the GPU reserve {torch.cuda.max_memory_reserved(device) / 2**30:.2f} GiB"
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"{kibibytes / 2**20 if sys.platform != 'darwin' else kibibytes / 2**30:.2f} GiB"
+    return f"peak memory of a run {kibibytes / 2**20 if sys.platform != 'darwin' else kibibytes / 2**30:.2f} GiB"
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -390,7 +424,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=90, help="images per step (default 90)")
     parser.add_argument("--classes", type=int, default=None, help="classes of the epochs whose steps are timed (default 1 on a CPU, 20)")
     parser.add_argument("--turns", type=int, default=None, help="turns of each variant (default 10 on a CPU, 5 on a GPU)")
-    parser.add_argument("--compile", action="store_true", help="add a row with compile_network=true; compiling takes minutes")
+    parser.add_argument("--compile", action="store_true", help="add a table with compile_network=true; compiling takes a minute")
     parser.add_argument("--profile", action="store_true", help="add a table of what a step's time goes into")
     parser.add_argument("--released", type=Path, metavar="PATH", help="a checkout of the released code, to time its training loop too")
     parser.add_argument("--data-path", type=Path, default=REPOSITORY / "data", help="CIFAR-100 for the released code (default data/)")
@@ -407,38 +441,48 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
+def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    print(markdown_table(("precision", *header), rows) + "\n", flush=True)
+
+
+def measure(device: torch.device, precision: str, parsed: argparse.Namespace) -> None:
+    """Print all tables of one precision."""
+    released_classes = 100 if is_gpu(device) else 5
+    is_released = parsed.released is not None and precision != "bf16"  # the released code has no bf16
+    if is_released:  # first of all, so that nothing else is lost if it fails
+        released = time_released(parsed.released, parsed.data_path, CONTINUAL, released_classes)
+    with user_errors(), contextlib.ExitStack() as held:
+        bench = Bench(held, device, precision, parsed)
+        print(f"{describe_machine(device)}; width {parsed.width}, batch {parsed.batch_size}, {precision}: {bench.peak_memory}\n")
+        step_header = ("variant", "ms/step", "images/s", "data ms", "network ms", "reset ms", "over bare", "over base")
+        show(step_header, bench.steps(list(bench.variants)))
+        epochs, evaluations, training = bench.epochs()
+        show(("epoch or run", "training", "evaluation", "evaluation's share"), epochs)
+        show(("evaluation of", "plain", "batch norm folded", "times faster"), evaluations)
+        if is_released:
+            ours = at(training, released_classes)
+            row = [precision, f"{released_classes} classes", f"{released:.2f} s", f"{ours:.2f} s", f"{released / ours:.1f}"]
+            show(("an epoch's training", "released code", "here", "times faster"), [row])
+        if bench.is_gpu:
+            show(("side by side", "images/s", "over one run"), bench.side_by_side())
+        if parsed.compile:
+            show(step_header, bench.compiled_steps())
+        counts, slowest = bench.counts()
+        show(("step of", "kernels" if bench.is_gpu else "operators"), counts)
+        if parsed.profile:
+            show(("slowest operations", "ms/step", "share"), slowest)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     device = choose_device(parsed.device)
-    precisions = parsed.precisions or (("tf32" if device.type == "cuda" else "fp32"), "bf16")
-    tables: dict[tuple[str, ...], list[list[str]]] = {}
-    step_header = ("precision", "variant", "ms/step", "images/s", "data ms", "network ms", "reset ms", "over bare", "over base")
-    released_classes, released = (100 if device.type == "cuda" else 5), None
-    if parsed.released is not None:  # first of all, so that nothing else is lost if it fails
-        released = time_released(parsed.released, parsed.data_path, "continual_backpropagation", released_classes)
-    memory = []
-    for precision in precisions:
-        with contextlib.ExitStack() as held:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            bench = Bench(held, device, precision, parsed)
-            if device.type == "cuda" or not memory:  # of a process, it never falls
-                memory.append(f"{bench.peak_memory} in {precision}")
-            tables.setdefault(step_header, []).extend(bench.step_rows())
-            epoch_rows, training = bench.epochs()
-            tables.setdefault(("precision", "epoch or run", "training", "evaluation", "evaluation's share"), []).extend(epoch_rows)
-            if device.type == "cuda":
-                tables.setdefault(("precision", "side by side", "images/s", "over one run"), []).extend(bench.side_by_side())
-            if parsed.profile:
-                tables.setdefault(("precision", "slowest operations", "ms/step", "share"), []).extend(bench.profile())
-            if released is not None and precision != "bf16":  # the released code has no bf16
-                ours = at(training, released_classes)
-                row = [precision, f"{released_classes} classes", f"{released:.2f} s", f"{ours:.2f} s", f"{released / ours:.1f}"]
-                tables.setdefault(("precision", "an epoch's training", "released code", "here", "times faster"), []).append(row)
-    print(f"{describe_machine(device)}; width {parsed.width}, batch {parsed.batch_size}, peak memory of a run {', '.join(memory)}")
-    for header, rows in tables.items():
-        print("\n" + markdown_table(header, rows))
-    return 0
+    precisions = parsed.precisions or (("tf32" if is_gpu(device) else "fp32"), "bf16")
+    if len(precisions) == 1:
+        measure(device, precisions[0], parsed)
+        return 0
+    command = [sys.executable, __file__, *(sys.argv[1:] if arguments is None else arguments), "--precisions"]
+    statuses = [subprocess.run([*command, precision]).returncode for precision in precisions]
+    return max(status if status >= 0 else 128 - status for status in statuses)
 
 
 if __name__ == "__main__":

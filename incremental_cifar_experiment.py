@@ -11,7 +11,9 @@ Source: Dohare et al., "Loss of plasticity in deep continual learning", Nature 6
 
 import contextlib
 import copy
+import dataclasses
 import functools
+import importlib.metadata
 import os
 import platform
 import socket
@@ -46,9 +48,18 @@ from incremental_cifar.command_line import (
     stop_requests,
     warn,
 )
-from incremental_cifar.config import FREE_KEYS, MOST_RUNS_PER_GPU, Config, UserError, check_same_settings, load_config, make_config
+from incremental_cifar.config import (
+    BEFORE_THEY_EXISTED,
+    FREE_KEYS,
+    MOST_RUNS_PER_GPU,
+    Config,
+    UserError,
+    check_same_settings,
+    load_config,
+    make_config,
+    settled,
+)
 from incremental_cifar.continual_backprop import ContinualBackprop
-from incremental_cifar.cuda_graphs import Recorded
 from incremental_cifar.learning_curves import METRICS, STEPS_PER_WINDOW, LearningCurves
 from incremental_cifar.resnet import ResNet18, build_network, initialise
 from incremental_cifar.run_files import CannotResume, RunFiles
@@ -58,7 +69,6 @@ from incremental_cifar.training import (
     TrainingStep,
     WeightNoise,
     choose_device,
-    compiled,
     device_name,
     evaluate,
     make_optimizer,
@@ -78,6 +88,10 @@ WORK_PER_TRAINING_IMAGE = 3
 SECONDS_BETWEEN_REPORTS = 1.0  # at least, of the file that says how far a run is
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
     """Turn into a UserError what PyTorch raises where the machine, not our code, falls short."""
@@ -85,8 +99,7 @@ def user_errors() -> Iterator[None]:
         with memory_errors():
             yield
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"torch.compile failed ({reason}); use compile_network=false, or install a C++ compiler") from None
+        raise UserError(f"torch.compile failed ({first_line(error)}); use compile_network=false, or install a C++ compiler") from None
 
 
 class IncrementalCIFARExperiment(Experiment):
@@ -113,8 +126,6 @@ class IncrementalCIFARExperiment(Experiment):
         settings = {key: value for key, value in exp_params.items() if key not in RUNNER_KEYS}
         settings |= {"results_dir": str(folder.parent), "experiment_name": folder.name}
         config = make_config(settings, source="exp_params")
-        self.config = config
-        self.exp_params = config.to_dict()
         self.results_dir = str(folder)
         self.run_index = run_index
         self.verbose = verbose
@@ -126,6 +137,10 @@ class IncrementalCIFARExperiment(Experiment):
         self.class_order = draw_class_order(self.random_seed)  # (100,)
         self.files = RunFiles(folder, run_index)
         self.device = choose_device(config.device)
+        stored = None if restart else self.files.load_config()
+        self.may_do_without_compiler = config.compile_network == "auto" and stored is None
+        self.config = settled(config, stored, is_gpu=self.device.type == "cuda")
+        self.exp_params = self.config.to_dict()
         self.check_stored_run()
         self.place = 0  # of this run's progress bar, among those of the runs in this process
         self.prefix = ""  # of everything that is printed
@@ -260,29 +275,35 @@ class IncrementalCIFARExperiment(Experiment):
                 config.running_average_utility,
             )
         weight_noise = WeightNoise(self.network, self.random_seed, config.noise_std) if config.noise_std > 0 else None
-        forward = compiled(self.network, config.deterministic) if config.compile_network else self.network
-        self.training_step = TrainingStep(self.network, self.optimizer, config.precision, self.continual_backprop, weight_noise, forward)
-        self.evaluation_step = EvaluationStep(self.network, config.precision, forward)
+        self.training_step = TrainingStep(self.network, self.optimizer, config.precision, self.continual_backprop, weight_noise)
+        self.evaluation_step = EvaluationStep(self.network, self.training_step.half, config.fold_batch_norm)
+        if config.compile_network:
+            self.training_step.compile(config.batch_size, config.deterministic)
+            self.evaluation_step.compile(config.deterministic)
         self.best_network = BestNetwork()
         self.curves = LearningCurves(config.steps_before(config.num_epochs), config.num_epochs, self.device)
 
     def record_steps(self) -> None:
-        """On a GPU, have the steps replayed from CUDA graphs; where that is impossible, warn once and go on without."""
+        """On a GPU, have the steps replayed from CUDA graphs; where that is impossible, warn and go on without."""
         self.is_recorded = False if self.has_graphs else None
         if not (self.has_graphs and self.config.cuda_graphs):
             return
-        is_known = Recorded.first_failure is not None
         try:
             self.training_step.record(self.config.batch_size)
             self.is_recorded = True
             self.evaluation_step.record()
-        except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException):
+        except torch.OutOfMemoryError:
             raise
-        except RuntimeError:
-            if not is_known:
-                what = "an evaluation step" if self.is_recorded else "a step"
-                reason = Recorded.first_failure.splitlines()[0]
-                warn(f"{what} cannot be recorded as a CUDA graph ({reason}); going on without, more slowly")
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if not self.may_do_without_compiler:
+                raise
+            warn(f"{self.prefix}torch.compile failed ({first_line(error)}); this run goes on with compile_network=false")
+            self.config = dataclasses.replace(self.config, compile_network=False)
+            self.build_learner()
+            self.record_steps()
+        except RuntimeError as error:
+            what = "an evaluation step" if self.is_recorded else "a step"
+            warn(f"{self.prefix}{what} cannot be recorded as a CUDA graph ({first_line(error)}); going on without, more slowly")
 
     @property
     def has_graphs(self) -> bool:
@@ -296,7 +317,7 @@ class IncrementalCIFARExperiment(Experiment):
         """
         if self.restart:
             self.files.forget()
-        self.environment = describe_environment(self.device) | {"cuda_graphs": self.is_recorded}
+        self.environment = describe_environment(self.device, self.config.compile_network) | {"cuda_graphs": self.is_recorded}
         checkpoint = self.files.load_checkpoint()
         is_new = checkpoint is None
         if not is_new and self.settings_of(checkpoint) != self.settings():
@@ -436,8 +457,8 @@ class IncrementalCIFARExperiment(Experiment):
 
     @staticmethod
     def settings_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """The same of the run that wrote a checkpoint; a setting that did not exist then had what is its default now."""
-        defaults = {key: value for key, value in Config().to_dict().items() if key not in FREE_KEYS}
+        """The same of the run that wrote a checkpoint, with what settings that did not exist then amounted to."""
+        defaults = {key: value for key, value in (Config().to_dict() | BEFORE_THEY_EXISTED).items() if key not in FREE_KEYS}
         stored = checkpoint.get("settings")
         return defaults | stored if isinstance(stored, dict) else {}
 
@@ -550,11 +571,18 @@ class BestNetwork:
 
 
 # Of an environment's description, what decides whether a resumed run can equal an uninterrupted one to the bit.
-EXACTNESS_KEYS = ("torch", "cuda", "cudnn", "device", "threads", "cuda_graphs")
+EXACTNESS_KEYS = ("torch", "triton", "cuda", "cudnn", "device", "threads", "cuda_graphs")
 
 
-def describe_environment(device: torch.device) -> dict[str, str | int | None]:
-    """Versions, device and commit that a run's numbers come from."""
+def installed_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def describe_environment(device: torch.device, is_compiled: bool) -> dict[str, str | int | None]:
+    """Versions, device and commit that a run's numbers come from. is_compiled: Triton makes kernels of the network."""
     git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -564,6 +592,7 @@ def describe_environment(device: torch.device) -> dict[str, str | int | None]:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "torch": str(torch.__version__),  # a string subclass that weights_only=True would refuse
+        "triton": installed_version("triton") if is_compiled else None,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "device": device_name(device),
@@ -587,9 +616,9 @@ def run_side_by_side(experiments: Sequence[IncrementalCIFARExperiment]) -> int:
 
     def train(experiment: IncrementalCIFARExperiment) -> None:
         # Both of these are a thread's own.
-        torch.set_num_threads(num_threads)
-        stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
         try:
+            torch.set_num_threads(num_threads)
+            stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
             with held[experiment.run_index], stream:
                 experiment.train_to_the_end(stop)
         except (UserError, OSError) as error:

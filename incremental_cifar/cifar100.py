@@ -132,17 +132,21 @@ class ImageSet:
 
 def normalise(pixels: Tensor) -> Tensor:
     """Bytes (n, 32, 32, 3) to images (n, 3, 32, 32) of mean 0 and deviation 1 per channel; channels-last in memory."""
-    means, deviations = channel_statistics(pixels.device)
-    return ((pixels / 255 - means) / deviations).permute(0, 3, 1, 2)
+    largest, means, deviations = channel_statistics(pixels.device)
+    return ((pixels / largest - means) / deviations).permute(0, 3, 1, 2)
 
 
-_channel_statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
+_channel_statistics: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
 
-def channel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Means and deviations of the channels, (3,) each; made once per device, since a copy from the host would wait for it."""
+def channel_statistics(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest byte, and means and deviations of the channels, (3,) each; made once per device, since a copy would wait for it.
+
+    A GPU multiplies with the inverse of a number, and divides by a tensor: only that gives a CPU's bits.
+    """
     if device not in _channel_statistics:
         _channel_statistics[device] = (
+            torch.tensor(255.0, device=device),
             torch.tensor(CHANNEL_MEANS, device=device),
             torch.tensor(CHANNEL_DEVIATIONS, device=device),
         )

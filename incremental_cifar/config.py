@@ -9,6 +9,7 @@ file, the key, the value and what would be right, so that a run never starts on 
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import json
 import math
 import os
@@ -26,6 +27,9 @@ TEST_IMAGES_PER_CLASS = 100
 
 class UserError(Exception):
     """Something the person at the keyboard can mend; scripts print it as one line and end with exit status 2."""
+
+
+Auto = bool | str  # true, false, or "auto": what `settled` makes of it when the run starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +79,8 @@ class Config:
     checkpoint_save_frequency: int = 0  # epochs between checkpoints; 0: one task
     device: str = "auto"  # "auto": the first GPU if there is one; "cpu", "cuda", "cuda:N"
     precision: str = "tf32"  # "tf32" (as released; on a CPU the same as fp32), "fp32" or "bf16"
-    compile_network: bool = False  # fuse the network's operations with torch.compile: other last bits, a minute more at the start
+    compile_network: Auto = False  # fuse the network's operations with torch.compile: other last bits, a minute more at the start
+    fold_batch_norm: Auto = "auto"  # evaluate with batch norm made part of the convolutions: faster, other last bits of losses
     cuda_graphs: bool = True  # on a GPU, record a step once and replay it: the same results, faster
     deterministic: bool = True  # the same index gives the same results, to the bit, on the same machine
 
@@ -116,6 +121,9 @@ MOST_RUNS_PER_GPU = 10
 FREE_KEYS = frozenset(
     {"data_path", "results_dir", "experiment_name", "num_workers", "debug", "checkpoint_save_frequency", "device", "cuda_graphs"}
 )
+
+# What runs did that were started before a setting existed, where it is not the default.
+BEFORE_THEY_EXISTED = {"fold_batch_norm": False}
 
 # The settings that say what a run's files hold. The released code stores none of them: then the paper's hold, which are the defaults.
 SIZE_KEYS = (
@@ -186,6 +194,7 @@ TYPE_NAMES = {
     int: "an integer",
     float: "a number",
     bool: "true or false",
+    Auto: 'true, false or "auto"',
     type(None): "null",
     list: "a list",
     dict: "an object",
@@ -235,7 +244,16 @@ def make_config(settings: dict[str, Any], source: str, experiment_name: str = "e
 
 def differing_keys(stored: Config, config: Config) -> list[str]:
     """Keys that can change results and differ between the config a run was started with and the present one."""
-    return [key for key in FIELDS if key not in FREE_KEYS and getattr(stored, key) != getattr(config, key)]
+    return [key for key in FIELDS if key not in FREE_KEYS and getattr(config, key) not in (getattr(stored, key), "auto")]
+
+
+def settled(config: Config, stored: Config | None, is_gpu: bool) -> Config:
+    """The config with "auto" decided: as the run was started, or, if it was not, as it is faster on this device."""
+    has_compiler = is_gpu and importlib.util.find_spec("triton") is not None
+    best = {"compile_network": has_compiler, "fold_batch_norm": is_gpu}
+    return dataclasses.replace(
+        config, **{key: getattr(stored, key) if stored else best[key] for key in best if getattr(config, key) == "auto"}
+    )
 
 
 def check_same_settings(stored: Config | None, config: Config, where: Path) -> None:
@@ -337,6 +355,7 @@ def _checked(key: str, value: Any, source: str) -> Any:
     rule_holds, rule = RULES.get(key, (lambda _: True, ""))
     wanted = TYPE_NAMES[expected] + (f", {rule}" if rule else "")
     right_type = type(value) is expected or (expected is float and type(value) is int)
+    right_type |= expected == Auto and (type(value) is bool or value == "auto")
     if not right_type:
         raise UserError(f"{source}: {key} is {shown}; it must be {wanted}")
     if expected is float:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from incremental_cifar.command_line import is_memory_full, warn
-from incremental_cifar.config import Config, UserError, make_config, read_stored
+from incremental_cifar.config import BEFORE_THEY_EXISTED, Config, UserError, make_config, read_stored
 from incremental_cifar.safe_files import check_destinations, lock, read_note, write_file, write_note
 
 if TYPE_CHECKING:
@@ -75,7 +75,9 @@ class RunFiles:
     def load_config(self) -> Config | None:
         """The config this run was started with, or None if it was not. Raises UserError if the file is not a config."""
         settings = read_stored(self.config_file)
-        return None if settings is None else make_config(settings, source=str(self.config_file), experiment_name=self.folder.name)
+        if settings is None:
+            return None
+        return make_config(BEFORE_THEY_EXISTED | settings, source=str(self.config_file), experiment_name=self.folder.name)
 
     def add_resumption(self, epoch: int, environment: dict[str, Any]) -> dict[str, Any]:
         """Note in the stored config that the run goes on after this epoch, and in which environment; return that of its start."""

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from incremental_cifar.augmentation import augmented, draw_transformations
 from incremental_cifar.cifar100 import IMAGE_SIZE, ImageSet
-from incremental_cifar.config import DEVICE_NAMES, NUM_CLASSES, UserError, is_device_name
+from incremental_cifar.config import DEVICE_NAMES, MOST_RUNS_PER_GPU, NUM_CLASSES, UserError, is_device_name
 from incremental_cifar.continual_backprop import ContinualBackprop
 from incremental_cifar.cuda_graphs import Recorded
+from incremental_cifar.network_copies import Bfloat16Copy, FoldedCopy
 from incremental_cifar.resnet import ResNet18
 from incremental_cifar.seeds import Purpose, derive_seed, generator_for
 
@@ -30,7 +31,8 @@ EVALUATION_BATCH_SIZE = {"cpu": 100, "cuda": 250}
 STEPS_PER_CHUNK = {"cpu": 1, "cuda": 25}
 
 Forward = Callable[[Tensor], tuple[Tensor, list[Tensor]]]  # images to logits and features, as `ResNet18` does it
-Learn = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # images, labels and mask to two scalars
+
+CUBLAS_WORKSPACES = (":4096:8", ":16:8")  # with which it is deterministic
 
 # (share of a task's epochs in tenths, factor of the step size from there on)
 STEPSIZE_SCHEDULE = ((3, 0.2), (6, 0.2), (8, 0.2))
@@ -80,27 +82,31 @@ def set_arithmetic(precision: str, deterministic: bool) -> None:
     """
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.backends.cuda.matmul.allow_tf32 = False
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for; read when it starts
+    # Read once, when cuBLAS starts: so it is set for every run, since a later one in this process may want it.
+    workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])
+    if deterministic and workspace not in CUBLAS_WORKSPACES and torch.cuda.is_available():
+        raise UserError(
+            f'CUBLAS_WORKSPACE_CONFIG: the environment says "{workspace}", with which cuBLAS is not deterministic; it must be '
+            f"{' or '.join(CUBLAS_WORKSPACES)}; unset it, or use deterministic=false"
+        )
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory it has not written
     torch.backends.cudnn.benchmark = not deterministic
 
 
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """The context in which the network runs: with "bf16", its convolutions and products in bfloat16 on float32 weights."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+def compiled(forward: Forward, batch_size: int, deterministic: bool) -> Forward:
+    """A network's forward and backward pass with its elementwise operations fused; on the same parameters, with other last bits.
 
-
-def compiled(network: ResNet18, deterministic: bool) -> Forward:
-    """The network's forward and backward pass with its elementwise operations fused; on the same parameters, with other last bits.
-
-    Compiles at the first call, for about a minute, and again for another mode or another batch size.
+    Compiles at the first call, for about a minute. Batches of other sizes go through the network as it is: compiling for each would stop at
+    a limit, and where it stopped would depend on where a run was interrupted.
     """
     import torch._inductor.config
 
+    torch._dynamo.config.recompile_limit = 8 * MOST_RUNS_PER_GPU  # of one function: the network's, which all runs of a process share
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch._inductor.config.deterministic = deterministic  # no choice of kernels by timing them
-    return torch.compile(network, dynamic=False)
+    fused = torch.compile(forward, dynamic=False)
+    return lambda images: (fused if len(images) == batch_size else forward)(images)
 
 
 # --- Optimisation ----------------------------------------------------------------------------------------------------------------
@@ -185,7 +191,7 @@ class TrainingStep:
     """One step on one batch: forward, loss, backward, SGD, the reset of units, the noise. Changes the network in place.
 
     network, optimizer: see `ResNet18` and `make_optimizer`. precision: "fp32", "tf32" or "bf16". continual_backprop, weight_noise: parts
-    of the step for the algorithms that have them. forward: the network itself, or what `torch.compile` made of it.
+    of the step for the algorithms that have them.
     """
 
     def __init__(
@@ -195,15 +201,14 @@ class TrainingStep:
         precision: str = "fp32",
         continual_backprop: ContinualBackprop | None = None,
         weight_noise: WeightNoise | None = None,
-        forward: Forward | None = None,
     ):
         self.network = network
         self.optimizer = optimizer
-        self.precision = precision
+        self.half = Bfloat16Copy(network) if precision == "bf16" else None
         self.continual_backprop = continual_backprop
         self.weight_noise = weight_noise
-        self.forward = network if forward is None else forward
-        self.learn: Learn = self.learn_from_batch
+        self.forward: Forward = network if self.half is None else self.half.network
+        self.recorded: Recorded | None = None
 
     def __call__(self, images: Tensor, labels: Tensor, mask: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """images: (n, 3, 32, 32). labels: (n,). mask: (100,), see `unseen_mask`. step: counted from 0 over the whole run.
@@ -211,7 +216,8 @@ class TrainingStep:
         Returns the mean loss and the share of correct predictions on this batch, both before the update: scalars on the device, which
         the next step may overwrite.
         """
-        loss, accuracy = self.learn(images, labels, mask)
+        learn = self.learn_from_batch if self.recorded is None or not self.recorded.fits(images) else self.recorded
+        loss, accuracy = learn(images, labels, mask)
         # What depends on the number of the step is decided by the host, without asking the device, and is not recorded.
         if self.continual_backprop is not None:
             self.continual_backprop.reset_due_units()
@@ -221,23 +227,31 @@ class TrainingStep:
 
     def learn_from_batch(self, images: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The part of a step that is the same in every step, on the device alone: all of it can be recorded."""
-        with autocast(self.precision, images.device):
-            logits, features = self.forward(images)  # (n, 100), and what the hidden layers put out
+        self.optimizer.zero_grad()
+        if self.half is not None:
+            self.half.refresh()
+            images = images.bfloat16()
+        logits, features = self.forward(images)  # (n, 100), and what the hidden layers put out
         logits = logits.float() + mask
         loss = F.cross_entropy(logits, labels)
-        self.optimizer.zero_grad()
         loss.backward()
+        if self.half is not None:
+            self.half.pass_gradients_on()
         self.optimizer.step()
         if self.continual_backprop is not None:
             self.continual_backprop.update_magnitudes([feature.detach() for feature in features])
         return loss.detach(), (logits.detach().argmax(1) == labels).float().mean()
+
+    def compile(self, batch_size: int, deterministic: bool) -> None:
+        """From here on, run the network compiled in the steps with this batch size; see `compiled`."""
+        self.forward = compiled(self.forward, batch_size, deterministic)
 
     def record(self, batch_size: int) -> None:
         """From here on, replay the steps with this batch size from a CUDA graph. Raises RuntimeError if that is impossible."""
         changed = [*self.network.parameters(), *self.network.buffers(), *momentum_buffers(self.optimizer)]
         if self.continual_backprop is not None:
             changed.append(self.continual_backprop.magnitudes)
-        self.learn = Recorded(self.learn_from_batch, example_batch(batch_size, changed[0].device), changed)
+        self.recorded = Recorded(self.learn_from_batch, example_batch(batch_size, changed[0].device), changed)
 
 
 def example_batch(n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -284,36 +298,51 @@ def train_one_epoch(
 
 
 class EvaluationStep:
-    """Loss and correct predictions of one batch, with the running statistics of batch norm. Leaves the network as it is."""
+    """Loss and correct predictions of one batch, with the running statistics of batch norm. Leaves the network as it is.
 
-    def __init__(self, network: ResNet18, precision: str = "fp32", forward: Forward | None = None):
-        self.network = network
-        self.precision = precision
-        self.forward = network if forward is None else forward
-        self.evaluate: Learn = self.evaluate_batch
+    half: the copy that trains, if the precision is bf16. is_folded: make batch norm part of the convolutions, which is faster and moves the
+    last bits.
+    """
+
+    def __init__(self, network: ResNet18, half: Bfloat16Copy | None = None, is_folded: bool = False):
+        self.dtype = torch.float32 if half is None else torch.bfloat16
+        self.copy = FoldedCopy(network, self.dtype) if is_folded else half
+        self.network = network if self.copy is None else self.copy.network
+        self.forward: Forward = self.network
+        self.batch_size = EVALUATION_BATCH_SIZE[network.fc.weight.device.type]
+        self.recorded: Recorded | None = None
+
+    def refresh(self) -> None:
+        """Evaluate the network as it is now; to be called when it has changed."""
+        if self.copy is not None:
+            self.copy.refresh()
 
     def __call__(self, images: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """images: (n, 3, 32, 32). labels: (n,). mask: (100,), see `unseen_mask`.
 
         Returns the sum of the losses and the number of correct predictions: scalars on the device, which the next call may overwrite.
         """
-        return self.evaluate(images, labels, mask)
+        is_replayed = self.recorded is not None and self.recorded.fits(images)
+        return self.recorded(images, labels, mask) if is_replayed else self.evaluate_batch(images, labels, mask)
 
     @torch.no_grad()
     def evaluate_batch(self, images: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         self.network.eval()
         try:
-            with autocast(self.precision, images.device):
-                logits, _ = self.forward(images)
+            logits, _ = self.forward(images.to(self.dtype))
         finally:
             self.network.train()
         logits = logits.float() + mask
         return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()
 
+    def compile(self, deterministic: bool) -> None:
+        """From here on, run the network compiled on full batches; see `compiled`."""
+        self.forward = compiled(self.forward, self.batch_size, deterministic)
+
     def record(self) -> None:
         """From here on, replay full batches from a CUDA graph. Raises RuntimeError if that is impossible."""
         device = self.network.fc.weight.device
-        self.evaluate = Recorded(self.evaluate_batch, example_batch(EVALUATION_BATCH_SIZE[device.type], device), changed=[])
+        self.recorded = Recorded(self.evaluate_batch, example_batch(self.batch_size, device), changed=[])
 
 
 def evaluate(
@@ -332,9 +361,10 @@ def evaluate(
     mask = unseen_mask(classes, device)
     if augmentation_generator is not None:
         transformations = draw_transformations(len(indices), augmentation_generator).to(device)
+    evaluation_step.refresh()
     total_loss = torch.zeros((), device=device)
     num_correct = torch.zeros((), device=device)
-    batch_size = EVALUATION_BATCH_SIZE[device.type]
+    batch_size = evaluation_step.batch_size
     for start in range(0, len(indices), batch_size):
         stop = min(start + batch_size, len(indices))
         if augmentation_generator is None:

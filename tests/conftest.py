@@ -34,6 +34,10 @@ TINY_ALGORITHM = {
     "shrink_and_perturb": {"noise_std": 0.001},
 }
 
+GPU = torch.device("cuda", 0)  # of the tests marked `gpu`
+# Of their runs: smaller batches beside replayed ones, and channels as cuDNN likes them. What is compiled has tests of its own.
+GPU_SETTINGS = {"device": GPU, "batch_size": 12, "network_width": 8, "compile_network": False}
+
 # Tiny tensors: a second thread costs more than it brings, here and in the processes that tests start, above all beside other work.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -45,6 +49,13 @@ processes.set_forkserver_preload(["incremental_cifar_experiment"])
 # How often the tests of crash safety try: a few times, or with STRESS=1 (`make stress`) as often as the README says.
 STRESS = os.environ.get("STRESS") == "1"
 stress_counts: dict[str, str] = {}  # what they count, for the table at the end
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -125,6 +136,13 @@ def stored_results(folder: Path) -> dict[str, bytes]:
     """The content of every .npy and model file of an experiment by relative path, run times excepted."""
     files = [*folder.rglob("*.npy"), *folder.glob("model_parameters/*")]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files if "runtime" not in file.parent.name}
+
+
+def differing_results(one: Path, other: Path, pattern: str = "") -> list[str]:
+    """The names of the results that two experiments do not share, or that differ; pattern: only of files with this in their names."""
+    mine, theirs = stored_results(one), stored_results(other)
+    assert mine
+    return sorted(name for name in mine.keys() | theirs.keys() if pattern in name and mine.get(name) != theirs.get(name))
 
 
 def everything_in(folder: Path) -> dict[str, tuple[bytes, int]]:

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import GPU
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
@@ -76,6 +77,24 @@ def test_rounding_in_torchvisions_order_matters(image_set):
     fused_inside = (row >= 0) & (row < 32) & (column >= 0) & (column < 32)
     differing = (fused_inside != inside) | (inside & (row * 32 + column != position))
     assert (differing.sum(1) >= 1).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("angles", ["random", "rounding"])
+def test_on_a_gpu_every_pixel_is_the_cpus(image_set, angles):
+    """The same pixels, and the same colours to the bit."""
+    flip, top, left, degrees = draws(1000, seed=3)
+    if angles == "rounding":
+        degrees = torch.tensor(KNIFE_EDGE_ANGLES).repeat(1000)[:1000]
+    transformations = make_transformations(flip, top, left, degrees)
+    indices = torch.randperm(1000, generator=torch.Generator().manual_seed(4))
+    there = ImageSet(image_set.pixels.view(100, 10, 32, 32, 3).numpy(), GPU)
+    for own, other in zip(source_positions(transformations.to(GPU)), source_positions(transformations), strict=True):
+        assert torch.equal(own.cpu(), other)
+    images, labels = augmented(there, indices.to(GPU), transformations.to(GPU))
+    expected, expected_labels = augmented(image_set, indices, transformations)
+    assert images.is_contiguous(memory_format=torch.channels_last) and torch.equal(labels.cpu(), expected_labels)
+    assert torch.equal(images.cpu(), expected)
 
 
 def test_draws_have_the_distributions_of_torchvisions_transforms():

@@ -5,7 +5,8 @@ from conftest import ALGORITHMS, REPOSITORY
 
 import incremental_cifar_experiment
 from incremental_cifar.command_line import run_script
-from incremental_cifar.config import FIELDS, RULES, Config, UserError, differing_keys, load_config, make_config, read_sizes
+from incremental_cifar.config import FIELDS, RULES, Config, UserError, differing_keys, load_config, make_config, read_sizes, settled
+from incremental_cifar.run_files import RunFiles
 from incremental_cifar.sweep_plan import grid_points
 
 PAPER = {"stepsize": 0.1, "weight_decay": 0.0005, "momentum": 0.9, "early_stopping": True}
@@ -244,3 +245,23 @@ def test_a_bad_command_line_is_one_line_and_writes_nothing(case, tmp_path, capsy
 def test_user_errors_name_their_source():
     with pytest.raises(UserError, match=r"^here: stepsize is 0;"):
         make_config({"stepsize": 0}, source="here")
+
+
+def test_auto_is_settled_when_a_run_starts_and_kept():
+    paper = Config()
+    assert (paper.compile_network, paper.fold_batch_norm) == (False, "auto")
+    assert settled(paper, None, is_gpu=False).fold_batch_norm is False and settled(paper, None, is_gpu=True).fold_batch_norm is True
+    on_gpu = settled(paper, None, is_gpu=True)
+    assert settled(paper, on_gpu, is_gpu=False) == on_gpu  # resumed elsewhere
+    assert differing_keys(on_gpu, paper) == [] and differing_keys(on_gpu, settled(paper, None, is_gpu=False)) == ["fold_batch_norm"]
+    explicit = make_config({"fold_batch_norm": True, "compile_network": "auto"}, source="test")
+    assert settled(explicit, None, is_gpu=False) == make_config({"fold_batch_norm": True, "compile_network": False}, source="test")
+
+
+def test_a_run_started_before_batch_norm_could_be_folded_goes_on_without(tmp_path):
+    files = RunFiles(tmp_path / "experiment", 0)
+    files.save_config(Config(), {})
+    settings = json.loads(files.config_file.read_text())
+    del settings["fold_batch_norm"]
+    files.config_file.write_text(json.dumps(settings))
+    assert settled(Config(), files.load_config(), is_gpu=True).fold_batch_norm is False

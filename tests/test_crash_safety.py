@@ -33,7 +33,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from incremental_cifar import command_line, safe_files
-from incremental_cifar.config import FIELDS, Config, UserError, load_config, make_config
+from incremental_cifar.config import FIELDS, Auto, Config, UserError, load_config, make_config
 from incremental_cifar.run_files import RunFiles, state_digest
 
 KILLS_PER_ALGORITHM = 12 if STRESS else 2  # half of them inside a write
@@ -572,7 +572,8 @@ def test_any_object_is_a_complete_config_or_one_line(values):
         return
     for key, field in FIELDS.items():
         value = getattr(config, key)
-        assert type(value) is field.type and (field.type is not float or math.isfinite(value))
+        assert type(value) is field.type or (field.type == Auto and (type(value) is bool or value == "auto"))
+        assert field.type is not float or math.isfinite(value)
     assert config.num_tasks * config.classes_per_task <= 100
     assert make_config(json.loads(json.dumps(config.to_dict())), source="again") == config
 

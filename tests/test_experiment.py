@@ -486,7 +486,9 @@ def test_other_code_is_named_and_every_resumption_recorded(results, monkeypatch,
     config_file = results / BASE / "config_files" / "index-0.json"
     started = json.loads(config_file.read_text())
     for commit, warnings in (("b" * 40, 1), (started["_environment"]["commit"], 0)):
-        monkeypatch.setattr(script_module, "describe_environment", lambda device, commit=commit: describe(device) | {"commit": commit})
+        monkeypatch.setattr(
+            script_module, "describe_environment", lambda *arguments, commit=commit: describe(*arguments) | {"commit": commit}
+        )
         train = script_module.IncrementalCIFARExperiment.train
         monkeypatch.setattr(script_module.IncrementalCIFARExperiment, "train", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):

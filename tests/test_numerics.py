@@ -15,7 +15,7 @@ from conftest import REPOSITORY, STRESS, stress_counts
 from torch import Tensor
 
 from incremental_cifar.resnet import ResNet18, build_network
-from incremental_cifar.training import EVALUATION_BATCH_SIZE, autocast
+from incremental_cifar.training import EVALUATION_BATCH_SIZE
 from incremental_cifar.unit_metrics import hidden_features
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 64)
@@ -74,7 +74,7 @@ def check_training(width: int, batch: int, precision: str) -> None:
 
 def loss_and_gradients(network: ResNet18, images: Tensor, labels: Tensor, precision: str) -> dict[str, Tensor]:
     """The loss, in training mode, and the gradients of all parameters by their names."""
-    with autocast(precision, images.device):
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         logits, _ = network(images)
     loss = F.cross_entropy(logits.to(network.fc.weight.dtype), labels)
     loss.backward()

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, everything_in, tiny_arguments
+from conftest import GPU, TINY, everything_in, tiny_arguments
 
 import incremental_cifar_experiment
 import post_run_analysis
 from incremental_cifar.cifar100 import draw_synthetic_images, normalise
 from incremental_cifar.command_line import run_script
 from incremental_cifar.config import UserError
-from incremental_cifar.resnet import ResNet18, build_network
+from incremental_cifar.resnet import ResNet18, build_network, hidden_layers
 from incremental_cifar.run_files import RunFiles
 from incremental_cifar.seeds import draw_class_order, experiment_seed
 from post_run_analysis import ACCURACY_PER_CLASS, TASK_METRICS
@@ -108,6 +108,23 @@ def test_accuracy_per_class_is_the_final_networks_test_accuracy(experiment):
     curves = {name: np.load(experiment / f"{name}_accuracy_per_epoch" / "index-0.npy")[-EPOCHS:] for name in ("validation", "test")}
     best = np.argmax(curves["validation"])  # early stopping stored this epoch's network
     assert analysis_of(experiment)[ACCURACY_PER_CLASS].mean() == pytest.approx(curves["test"][best], abs=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch_norm", ["batch", "running"])
+def test_on_a_gpu_the_numbers_are_the_cpus(batch_norm, experiment):
+    """But for what rounding may do: a unit, a singular value or an image on the edge falls on the other side."""
+    analysed = []
+    for device in ("cpu", GPU):
+        assert analyse(experiment, "--batch_norm", batch_norm, "--device", str(device), "--overwrite") == 0
+        analysed.append(analysis_of(experiment))
+    expected, results = analysed
+    num_units = sum(layer.num_units for layer in hidden_layers(ResNet18(TINY["network_width"])))
+    assert results.keys() == expected.keys() and len(results) == 8
+    for metric, array in results.items():
+        edge = 1 / num_units if "dormant" in metric else 1 if "stable_rank" in metric else 1 / TINY["test_images_per_class"]
+        tolerance = {"rtol": 1e-4} if "magnitude" in metric or "effective_rank" in metric else {"rtol": 0, "atol": 1.01 * edge}
+        np.testing.assert_allclose(array, expected[metric], err_msg=metric, **tolerance)
 
 
 def test_images_depend_on_index_and_task_alone():

@@ -292,7 +292,7 @@ def test_from_the_command_to_the_figures(tmp_path):
     """Real processes, two indices packed into one, on GPUs for which the CPU stands in; only results are kept."""
     environment = machine_with_gpus(tmp_path, "echo 0; echo 1")
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.argv[1:] = [word.replace('cuda', 'cpu') for word in sys.argv[1:]]")
-    environment["PYTHONPATH"] = str(tmp_path)
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [
         sys.executable,
         str(REPOSITORY / "run_sweep.py"),
@@ -309,6 +309,7 @@ def test_from_the_command_to_the_figures(tmp_path):
         assert len(os.listdir(results / name / "next_task_stable_rank_analysis")) == 2
         assert os.listdir(results / name / "model_parameters") == os.listdir(results / name / "experiment_checkpoints") == []
         assert "GPU " in (results / name / "logs" / "index-0,1.log").read_text()
+        assert json.loads((results / name / "config_files" / "index-0.json").read_text())["device"] == "cpu"  # where there is a GPU, too
     assert {"paper_figure.png", "test_accuracy_figure.svg", "next_task_stable_rank_analysis.svg"} <= set(os.listdir(results / "figures"))
     again = subprocess.run([*command, "--dry-run"], env=environment, capture_output=True, text=True)
     assert "Would start 0 runs" in again.stdout and "4 finished" in again.stdout

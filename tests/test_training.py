@@ -1,12 +1,16 @@
 import copy
+import os
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import GPU, differing_results, tiny_arguments
 
+import incremental_cifar_experiment
 from incremental_cifar.augmentation import augmented, draw_transformations
-from incremental_cifar.cifar100 import ImageSet
+from incremental_cifar.cifar100 import ImageSet, draw_synthetic_images
+from incremental_cifar.command_line import run_script
 from incremental_cifar.config import UserError
 from incremental_cifar.continual_backprop import ContinualBackprop
 from incremental_cifar.resnet import build_network
@@ -21,6 +25,7 @@ from incremental_cifar.training import (
     evaluate,
     make_optimizer,
     momentum_buffers,
+    set_arithmetic,
     set_stepsize,
     stepsize_at,
     train_one_epoch,
@@ -236,6 +241,114 @@ def test_bf16_steps_stay_near_fp32(batch):
     assert torch.equal(losses["tf32"], losses["fp32"])  # on a CPU
     torch.testing.assert_close(losses["bf16"], losses["fp32"], rtol=0.05, atol=0.02)
     assert not torch.equal(losses["bf16"], losses["fp32"])
+
+
+@pytest.mark.parametrize("device", [pytest.param(CPU, id="cpu"), pytest.param(GPU, marks=pytest.mark.gpu, id="gpu")])
+def test_bf16_is_autocasts_to_the_bit(device):
+    """Logits, features, gradients and networks of some steps, and an evaluation, against the plain network under torch.autocast."""
+    set_arithmetic("bf16", deterministic=True)
+    network = build_network(11, width=16).to(device, memory_format=torch.channels_last)
+    twin = copy.deepcopy(network)
+    optimizer, twin_optimizer = (make_optimizer(net, 0.05, 0.9, 0.0005) for net in (network, twin))
+    training_step = TrainingStep(network, optimizer, "bf16")
+    forward, outputs = training_step.forward, []
+    training_step.forward = lambda images: outputs.append(forward(images)) or outputs[-1]
+    generator = torch.Generator().manual_seed(0)
+    mask = unseen_mask(CLASS_ORDER[:10], device)
+    for step in range(4):
+        images = torch.randn(9, 3, 32, 32, generator=generator).to(device, memory_format=torch.channels_last)
+        labels = torch.from_numpy(CLASS_ORDER[:10])[torch.randint(0, 10, (9,), generator=generator)].to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            expected, expected_features = twin(images)
+        twin_optimizer.zero_grad()
+        expected_loss = F.cross_entropy(expected.float() + mask, labels)
+        expected_loss.backward()
+        twin_optimizer.step()
+        loss, _ = training_step(images, labels, mask, step)
+        logits, features = outputs[-1]
+        assert logits.dtype == torch.bfloat16 and torch.equal(logits, expected) and torch.equal(loss, expected_loss)
+        assert all(torch.equal(own, other) for own, other in zip(features, expected_features, strict=True))
+        for (name, own), other in zip(network.named_parameters(), twin.parameters(), strict=True):
+            assert torch.equal(own.grad, other.grad) and torch.equal(own, other), name
+        assert all(torch.equal(own, other) for own, other in zip(network.buffers(), twin.buffers(), strict=True))
+
+    evaluation_step = EvaluationStep(network, training_step.half)
+    evaluation_step.refresh()
+    loss, num_correct = evaluation_step(images, labels, mask)
+    twin.eval()
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        expected = twin(images)[0].float() + mask
+    assert torch.equal(loss, F.cross_entropy(expected, labels, reduction="sum")) and num_correct == (expected.argmax(1) == labels).sum()
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "loss_tolerance", "accuracy_tolerance"),
+    [
+        pytest.param(CPU, "fp32", 1e-5, 1e-4, id="cpu, fp32"),
+        pytest.param(CPU, "bf16", 5e-3, 0.02, id="cpu, bf16"),
+        # One of 400 images may be on the edge. TF32 rounds to 11 bits, bf16 to 8, and folding only moves where.
+        pytest.param(GPU, "fp32", 1e-5, 1 / 400, marks=pytest.mark.gpu, id="gpu, fp32"),
+        pytest.param(GPU, "tf32", 5e-3, 0.02, marks=pytest.mark.gpu, id="gpu, tf32"),
+        pytest.param(GPU, "bf16", 5e-3, 0.02, marks=pytest.mark.gpu, id="gpu, bf16"),
+    ],
+)
+def test_folded_evaluation_is_the_plain_one_to_rounding(device, precision, loss_tolerance, accuracy_tolerance):
+    """Of a network after 60 steps; refolded after one more, and the network stays as it is."""
+    set_arithmetic(precision, deterministic=True)
+    train_set, test_set = (ImageSet(images, device) for images in draw_synthetic_images(20, 20))
+    network = build_network(11, width=8).to(device, memory_format=torch.channels_last)
+    training_step = TrainingStep(network, make_optimizer(network, 0.05, 0.9, 0.0005), precision)
+    plain, folded = (EvaluationStep(network, training_step.half, is_folded) for is_folded in (False, True))
+    losses, accuracies = torch.zeros(2, 20, device=device)
+    for epoch in range(4):
+        train_one_epoch(training_step, train_set, range(20), 20, 11, epoch, losses, accuracies, 0)
+        if epoch < 2:
+            continue
+        before = copy.deepcopy(network.state_dict())
+        loss, accuracy = evaluate(folded, test_set, range(20))
+        assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items()) and network.training
+        expected_loss, expected_accuracy = evaluate(plain, test_set, range(20))
+        assert expected_accuracy > 0.07  # by chance: 0.05
+        torch.testing.assert_close(loss, expected_loss, rtol=loss_tolerance, atol=0)
+        torch.testing.assert_close(accuracy, expected_accuracy, rtol=0, atol=1.01 * accuracy_tolerance)
+
+
+def test_a_run_with_folded_evaluation_learns_the_same_and_measures_it_to_rounding(tmp_path):
+    algorithm = "continual_backpropagation"
+    for folded in (False, True):
+        arguments = tiny_arguments(
+            algorithm, tmp_path / str(folded), fold_batch_norm=folded, network_width=4, num_tasks=2, epochs_per_task=3
+        )
+        assert run_script(incremental_cifar_experiment.main, arguments) == 0
+    plain, folded = (tmp_path / str(folded) / algorithm for folded in (False, True))
+    losses = [f"{images}_loss_per_epoch/index-0.npy" for images in ("test", "validation")]
+    assert differing_results(plain, folded) == losses  # models, curves of the training and accuracies are the same files
+    for name in losses:
+        np.testing.assert_allclose(np.load(folded / name), np.load(plain / name), rtol=1e-5)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_cublas_gets_its_workspace_in_every_run(deterministic, monkeypatch):
+    """It reads the variable once in a process: a later run may be a deterministic one."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        set_arithmetic("fp32", deterministic)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        set_arithmetic("fp32", deterministic=True)
+
+
+def test_a_workspace_with_which_cublas_is_not_deterministic_is_refused_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    try:
+        set_arithmetic("fp32", deterministic=True)  # without a GPU it does not matter
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        set_arithmetic("fp32", deterministic=False)
+        with pytest.raises(UserError, match=r'CUBLAS_WORKSPACE_CONFIG: the environment says ":0:0", .* it must be :4096:8 or :16:8'):
+            set_arithmetic("fp32", deterministic=True)
+    finally:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+        set_arithmetic("fp32", deterministic=True)
 
 
 def test_devices(monkeypatch):
