@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -55,14 +56,16 @@ from incremental_cifar.config import (
     Config,
     UserError,
     check_same_settings,
+    described_differences,
     load_config,
     make_config,
     settled,
+    with_whole_folders,
 )
 from incremental_cifar.continual_backprop import ContinualBackprop
-from incremental_cifar.learning_curves import METRICS, STEPS_PER_WINDOW, LearningCurves
+from incremental_cifar.learning_curves import METRICS, STEPS_PER_WINDOW, LearningCurves, array_lengths
 from incremental_cifar.resnet import ResNet18, build_network, initialise
-from incremental_cifar.run_files import CannotResume, RunFiles
+from incremental_cifar.run_files import RunFiles
 from incremental_cifar.seeds import Purpose, draw_class_order, experiment_seed, generator_for
 from incremental_cifar.training import (
     EvaluationStep,
@@ -105,16 +108,16 @@ def user_errors() -> Iterator[None]:
 class IncrementalCIFARExperiment(Experiment):
     """One run of the experiment: `run()` trains to the end, from the last checkpoint if there is one, and `store_results()` stores.
 
-    exp_params: the settings of `Config`, by name. results_dir: the experiment's folder. run_index: 0 to 99,999; decides seed, class order
-    and initial weights. verbose: print accuracies and times instead of showing a progress bar. restart: delete what is there of this
-    index, and begin anew. without_models: go on although models of earlier tasks are gone.
+    exp_params: a Config, or its settings by name, as a user wrote them. results_dir: the experiment's folder. run_index: 0 to 99,999;
+    decides seed, class order and initial weights. verbose: print accuracies and times instead of showing a progress bar. restart: delete
+    what is there of this index, and begin anew. without_models: go on although models of earlier tasks are gone.
     Raises UserError, before anything is written, if the settings cannot be used or differ from those the stored run was started with, or
     if that cannot be resumed.
     """
 
     def __init__(
         self,
-        exp_params: dict[str, Any],
+        exp_params: dict[str, Any] | Config,
         results_dir: str,
         run_index: int,
         verbose: bool = True,
@@ -123,7 +126,11 @@ class IncrementalCIFARExperiment(Experiment):
     ):
         # Experiment.__init__ is not called: it would overwrite the stored config, in place and before any check.
         folder = Path(os.path.abspath(results_dir))
-        settings = {key: value for key, value in exp_params.items() if key not in RUNNER_KEYS}
+        if isinstance(exp_params, Config):
+            settings = exp_params.to_dict()
+        else:
+            settings = {key: value for key, value in exp_params.items() if key not in RUNNER_KEYS | {"results_dir"}}
+            settings = with_whole_folders(settings, source="exp_params")
         settings |= {"results_dir": str(folder.parent), "experiment_name": folder.name}
         config = make_config(settings, source="exp_params")
         self.results_dir = str(folder)
@@ -142,18 +149,21 @@ class IncrementalCIFARExperiment(Experiment):
         self.config = settled(config, stored, is_gpu=self.device.type == "cuda")
         self.exp_params = self.config.to_dict()
         self.check_stored_run()
+        self.models_gone: list[Path] = []  # those of which a warning told
         self.place = 0  # of this run's progress bar, among those of the runs in this process
         self.prefix = ""  # of everything that is printed
 
     def run(self) -> None:
         """Train from the start, or from the last checkpoint, to the end of the last task.
 
-        If one of STOP_SIGNALS asks for it, ends the process after the current epoch, with a checkpoint and 128 + its number as status.
+        If one of STOP_SIGNALS asks for it, ends the process after the current epoch, with a checkpoint and 128 + its number as status;
+        before the first epoch, they end it at once.
         Raises UserError if the loss is no longer finite.
         """
-        with stop_requests() as stop, contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as held:
             if self.prepare(held):
-                self.train_to_the_end(stop)
+                with stop_requests() as stop:
+                    self.train_to_the_end(stop)
 
     @user_errors()
     def prepare(self, held: contextlib.ExitStack, images_of: "IncrementalCIFARExperiment | None" = None) -> bool:
@@ -161,10 +171,11 @@ class IncrementalCIFARExperiment(Experiment):
 
         held: takes the lock that keeps other processes from this run. images_of: a run whose images this one can use too.
         """
-        nothing_to_do = f"Index {self.run_index} of {self.results_dir} is finished; nothing to do."
-        if self.is_finished:
-            print(nothing_to_do)
-            return False
+        with self.files.locked() if self.is_unlisted else contextlib.nullcontext():
+            if self.is_unlisted:
+                self.check_stored_run()
+            if self.has_nothing_to_do():
+                return False
         set_arithmetic(self.config.precision, self.config.deterministic)
         if images_of is None:
             self.load_data()
@@ -173,8 +184,7 @@ class IncrementalCIFARExperiment(Experiment):
         held.enter_context(self.files.locked())
         # Again, now that nobody else can change it: another process may have started or finished the run since.
         self.check_stored_run()
-        if self.is_finished:
-            print(nothing_to_do)
+        if self.has_nothing_to_do():
             return False
         model_epochs = range(0, self.config.num_epochs + 1, self.config.epochs_per_task)
         self.files.check_writable(METRICS, model_epochs, self.config.num_epochs)
@@ -182,6 +192,18 @@ class IncrementalCIFARExperiment(Experiment):
         self.record_steps()
         self.first_epoch = self.start_or_resume()
         return True
+
+    def has_nothing_to_do(self) -> bool:
+        """Whether the run is finished, and say so; if the list of finished runs was lost, put the run into it again (we hold its lock)."""
+        if self.is_unlisted:
+            if not self.files.is_analysed(self.config.num_tasks):  # else a sweep may have deleted them
+                self.check_models(self.config.num_epochs)
+            self.files.mark_finished()
+            self.is_finished, self.is_unlisted = True, False
+            print(f"Index {self.run_index} of {self.results_dir} is finished, by its arrays; it is in experiment_indices.npy again.")
+        elif self.is_finished:
+            print(f"Index {self.run_index} of {self.results_dir} is finished; nothing to do.")
+        return self.is_finished
 
     @user_errors()
     def train_to_the_end(self, stop: StopRequest) -> None:
@@ -230,20 +252,29 @@ class IncrementalCIFARExperiment(Experiment):
     def check_stored_run(self) -> None:
         """See whether the stored run is finished. Raise UserError if its settings can give other results, or if it cannot be resumed."""
         self.is_finished = not self.restart and self.run_index in self.files.finished_indices()
-        if not self.restart:
-            if not self.is_finished:
+        self.is_unlisted = False
+        if self.restart:
+            return
+        stored = self.files.load_config()
+        check_same_settings(stored, self.config, self.files.config_file)
+        if not self.is_finished:
+            # Only a run that came to its end has arrays of full length: the list of finished runs was lost.
+            lengths = array_lengths(self.config.steps_before(self.config.num_epochs), self.config.num_epochs)
+            self.is_unlisted = stored is not None and self.files.has_arrays(lengths)
+            if not self.is_unlisted:
                 self.files.check_resumable()
-            check_same_settings(self.files.load_config(), self.config, self.files.config_file)
 
     def check_models(self, num_epochs: int) -> None:
         """Raise UserError if a model that a run has after so many epochs is not there, or warn, if it may go on without."""
-        models = [self.files.model_file(epoch) for epoch in range(0, num_epochs + 1, self.config.epochs_per_task)]
-        missing = [path for path in models if not path.exists()]
+        epochs = range(0, num_epochs + 1, self.config.epochs_per_task)
+        missing = [self.files.model_file(epoch) for epoch in epochs if not self.files.has_model(epoch)]
         if missing and not self.without_models:
             raise UserError(
-                f"{missing[0]}: this model was deleted while the run was in progress; restore it, or go on without it by --without-models"
+                f"{missing[0]}: this model was deleted while the run was in progress; restore it, or go on without it by "
+                "incremental_cifar_experiment.py --without-models"
             )
-        if missing:
+        if missing != self.models_gone:
+            self.models_gone = missing
             warn(f"{self.prefix}going on without {', '.join(path.name for path in missing)} in {missing[0].parent}")
 
     # --- Before the first epoch --------------------------------------------------------------------------------------------------
@@ -320,16 +351,18 @@ class IncrementalCIFARExperiment(Experiment):
         self.environment = describe_environment(self.device, self.config.compile_network) | {"cuda_graphs": self.is_recorded}
         checkpoint = self.files.load_checkpoint()
         is_new = checkpoint is None
-        if not is_new and self.settings_of(checkpoint) != self.settings():
+        if not is_new and (there := self.settings_of(checkpoint)) != (mine := self.settings()):
+            keys = [key for key in mine | there if there.get(key) != mine.get(key)]
             raise UserError(
                 f"{self.files.checkpoint_folder}: the newest checkpoint of index {self.run_index} is of a run with other settings"
+                + (f": {described_differences(keys, there, mine)}" if there else "")
             )
-        before, here = self.environment if is_new else checkpoint["environment"], self.environment
+        before, here = self.environment if is_new else checkpoint.get("environment", {}), self.environment
         if is_new or not self.files.config_file.exists():
             self.files.save_config(self.config, before)
         if is_new or not self.files.array_file("class_order").exists():
             self.files.save_array("class_order", self.class_order)
-        if is_new or not self.files.model_file(0).exists():
+        if is_new or not self.files.has_model(0):
             self.files.save_model(0, self.network)
         if is_new:
             return 0
@@ -337,10 +370,9 @@ class IncrementalCIFARExperiment(Experiment):
         self.check_models(epoch)
         self.load_checkpoint(checkpoint)
         self.store_curves(epoch)
-        start = self.files.add_resumption(epoch, here)
-        commits = [commit for commit in (before.get("commit"), start.get("commit")) if commit not in (None, here["commit"])]
-        if commits and here["commit"] is not None:
-            warn(f"{self.prefix}resuming with other code (commit {commits[0]} -> {here['commit']}): results may differ from either's")
+        self.files.add_resumption(epoch, here)
+        if change := changed_code(before, here):
+            warn(f"{self.prefix}resuming with other code ({change}): results may differ from either's")
         changed = [f"{key} {before.get(key)} -> {here[key]}" for key in EXACTNESS_KEYS if before.get(key) != here[key]]
         if changed:
             warn(f"resuming in another environment ({', '.join(changed)}): the last bits may differ from an uninterrupted run's")
@@ -471,7 +503,8 @@ class IncrementalCIFARExperiment(Experiment):
     def leave(self, stop: StopRequest, epoch: int) -> None:
         """End the process after a signal; the checkpoint is written."""
         self.progress.close()
-        print(f"{self.prefix}{stop.name}: stopped after epoch {epoch} with a checkpoint; the same command resumes.", flush=True)
+        command = "the same command without --restart" if self.restart else "the same command"
+        print(f"{self.prefix}{stop.name}: stopped after epoch {epoch} with a checkpoint; {command} resumes.", flush=True)
         raise SystemExit(stop.exit_status)
 
     # --- What the terminal shows -------------------------------------------------------------------------------------------------
@@ -582,7 +615,7 @@ def installed_version(package: str) -> str | None:
 
 
 def describe_environment(device: torch.device, is_compiled: bool) -> dict[str, str | int | None]:
-    """Versions, device and commit that a run's numbers come from. is_compiled: Triton makes kernels of the network."""
+    """Versions, device and code that a run's numbers come from. is_compiled: Triton makes kernels of the network."""
     git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -598,7 +631,34 @@ def describe_environment(device: torch.device, is_compiled: bool) -> dict[str, s
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "commit": commit,
+        "code": CODE,
     }
+
+
+def code_digest() -> str:
+    """What tells the code of runs apart, committed or not: the first digits of a SHA-256 over its files."""
+    script = Path(__file__).resolve()
+    digest = hashlib.sha256()
+    for path in (script, *sorted(script.parent.glob("incremental_cifar/[a-z_]*.py"))):
+        if path.is_file():
+            content = path.read_bytes()
+            digest.update(f"{path.name} {len(content)};".encode() + content)
+    return digest.hexdigest()[:12]
+
+
+CODE = code_digest()  # as it is imported now: files may change while a run works
+
+
+def changed_code(before: dict[str, Any], here: dict[str, Any]) -> str:
+    """How the code differs between two environments, by commits or, where these do not tell, by digests; empty if it does not.
+
+    Environments that were stored without a digest are compared by their commits.
+    """
+    commits = before.get("commit"), here["commit"]
+    tells = None not in commits and commits[0] != commits[1]
+    if not (before["code"] != here["code"] if "code" in before else tells):
+        return ""
+    return f"commit {commits[0]} -> {commits[1]}" if tells else f"digest of the files {before['code']} -> {here['code']}"
 
 
 def run_side_by_side(experiments: Sequence[IncrementalCIFARExperiment]) -> int:
@@ -610,9 +670,9 @@ def run_side_by_side(experiments: Sequence[IncrementalCIFARExperiment]) -> int:
     """
     statuses = [0]
 
-    def report(experiment: IncrementalCIFARExperiment, error: Exception) -> None:
-        show_error(error, where=f"index {experiment.run_index}: ")
-        statuses.append(2)
+    def report(failures: dict[int, Exception]) -> None:
+        show_failures(failures)
+        statuses.extend(2 for _ in failures)
 
     def train(experiment: IncrementalCIFARExperiment) -> None:
         # Both of these are a thread's own.
@@ -622,7 +682,7 @@ def run_side_by_side(experiments: Sequence[IncrementalCIFARExperiment]) -> int:
             with held[experiment.run_index], stream:
                 experiment.train_to_the_end(stop)
         except (UserError, OSError) as error:
-            report(experiment, error)
+            report({experiment.run_index: error})
         except SystemExit as leaving:
             statuses.append(leaving.code)
         except BaseException:  # our bug
@@ -635,7 +695,8 @@ def run_side_by_side(experiments: Sequence[IncrementalCIFARExperiment]) -> int:
             f"--experiment-index: {len(experiments)} runs; at most {MOST_RUNS_PER_GPU} can share a GPU in one process; start another one"
         )
     num_threads = torch.get_num_threads()
-    with stop_requests() as stop, contextlib.ExitStack() as everything:
+    with contextlib.ExitStack() as everything:
+        failures: dict[int, Exception] = {}
         ready: list[IncrementalCIFARExperiment] = []
         held = {experiment.run_index: everything.enter_context(contextlib.ExitStack()) for experiment in experiments}
         for experiment in experiments:
@@ -645,9 +706,11 @@ def run_side_by_side(experiments: Sequence[IncrementalCIFARExperiment]) -> int:
                 if experiment.prepare(held[experiment.run_index], images_of=ready[0] if ready else None):
                     ready.append(experiment)
             except (UserError, OSError) as error:
-                report(experiment, error)
+                failures[experiment.run_index] = error
+        report(failures)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the threads' streams do not wait for this one
+        stop = everything.enter_context(stop_requests())
         threads = [threading.Thread(target=train, args=(experiment,)) for experiment in ready]
         started = []
         for experiment, thread in zip(ready, threads, strict=True):
@@ -656,10 +719,19 @@ def run_side_by_side(experiments: Sequence[IncrementalCIFARExperiment]) -> int:
                     thread.start()
                 started.append(thread)
             except UserError as error:
-                report(experiment, error)
+                report({experiment.run_index: error})
         for thread in started:
             thread.join()
     return next((status for status in (1, 2) if status in statuses), max(statuses))
+
+
+def show_failures(failures: dict[int, Exception]) -> None:
+    """Say of every index that cannot go on why, in one line for all that have the same reason."""
+    indices: dict[str, list[int]] = {}
+    for index, error in failures.items():
+        indices.setdefault(str(error), []).append(index)
+    for same in indices.values():
+        show_error(failures[same[0]], where=f"index {', '.join(map(str, same))}: ")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[Config, list[int], dict[str, bool]]:
@@ -687,13 +759,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config, indices, options = parse_arguments(arguments)
     folder = os.path.join(config.results_dir, config.experiment_name)
     experiments = []
+    failures: dict[int, Exception] = {}
     for index in indices:
         try:
-            experiments.append(IncrementalCIFARExperiment(config.to_dict(), folder, index, **options))
-        except CannotResume as error:  # the other runs can be trained
+            experiments.append(IncrementalCIFARExperiment(config, folder, index, **options))
+        except (UserError, OSError) as error:  # the other runs can be trained
             if len(indices) == 1:
                 raise
-            show_error(error, where=f"index {index}: ")
+            failures[index] = error
+    show_failures(failures)
     if len(indices) > 1:
         status = run_side_by_side(experiments) if experiments else 2
         return status if len(experiments) == len(indices) or status == 1 else 2

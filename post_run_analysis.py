@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from incremental_cifar.cifar100 import ImageSet, load_images
 from incremental_cifar.command_line import OneLineArgumentParser, parse_indices, run_script, warn
-from incremental_cifar.config import NUM_CLASSES, NUM_SEEDS, REPOSITORY, RULES, SIZE_KEYS, Config, UserError, read_sizes
+from incremental_cifar.config import NUM_CLASSES, NUM_SEEDS, REPOSITORY, RULES, SIZE_KEYS, Config, UserError, read_sizes, whole_path
 from incremental_cifar.resnet import ResNet18, build_network
 from incremental_cifar.run_files import RunFiles, array_bytes
 from incremental_cifar.safe_files import check_destinations, write_file
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = choose_device(parsed.device)
     set_arithmetic("fp32", deterministic=True)  # no TF32: full precision on a GPU too
 
-    folder = Path(os.path.abspath(os.path.expanduser(parsed.results_dir)))
+    folder = Path(parsed.results_dir)
     runs = [
         find_run(folder, index, parsed.dormant_unit_threshold, parsed.batch_norm)
         for index in choose_indices(folder, parsed.experiment_index)
@@ -111,8 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if tasks:
                 sizes = run.sizes
                 train_images_per_class = sizes.validation_images_per_class + sizes.train_images_per_class
-                data_path = os.path.expanduser(parsed.data_path)
-                images = load_images_once(sizes.dataset, data_path, train_images_per_class, sizes.test_images_per_class)
+                images = load_images_once(sizes.dataset, parsed.data_path, train_images_per_class, sizes.test_images_per_class)
                 train_set, test_set = (ImageSet(split, device) for split in images)
                 analyse_run(run, stored, tasks, train_set, test_set, parsed.dormant_unit_threshold, parsed.batch_norm, progress)
                 save_results(run, stored)
@@ -169,6 +168,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     is_valid_device, valid_devices = RULES["device"]
     if not is_valid_device(parsed.device):
         raise UserError(f'--device: got "{parsed.device}"; it must be {valid_devices}')
+    parsed.results_dir = whole_path(parsed.results_dir, "--results_dir")
+    parsed.data_path = whole_path(parsed.data_path, "--data_path")
     return parsed
 
 
@@ -190,18 +191,23 @@ def choose_indices(folder: Path, wanted: str | None) -> list[int]:
             )
         return wanted_indices
     finished = finished_indices(folder)
-    if without_models := [index for index in finished if index not in stored_indices]:
-        raise UserError(
+    with_models = [index for index in finished if index in stored_indices]
+    if without_models := sorted(set(finished) - set(with_models)):
+        what = (
             f"{RunFiles(folder, 0).indices_file}: names index {_listed(without_models)} as finished, but model_parameters/ holds no "
-            f"index-{without_models[0]}_epoch-*.pt; restore the models, or name the runs to analyse, as in --experiment-index "
-            f"{stored_indices[0]}"
+            f"index-{without_models[0]}_epoch-*.pt"
         )
+        if not with_models:
+            raise UserError(
+                f"{what}; restore the models, or name the runs to analyse, as in --experiment-index {_listed(stored_indices[:1])}"
+            )
+        warn(f"{what}; the others are analysed")
     if not finished:
         raise UserError(
             f"{folder}: no run is finished yet; unfinished: {_listed(stored_indices)}; name them to analyse them as far as they are, as in "
             f"--experiment-index {stored_indices[0]}"
         )
-    return finished
+    return with_models
 
 
 def finished_indices(folder: Path) -> list[int]:

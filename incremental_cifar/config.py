@@ -138,6 +138,8 @@ SIZE_KEYS = (
     "network_width",
 )
 
+FOLDER_KEYS = ("data_path", "results_dir")
+
 DEVICE_NAMES = '"auto", "cpu", "cuda" or "cuda:N"'
 
 
@@ -205,23 +207,29 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Config:
     """Read a JSON config file, apply `KEY=VALUE` overrides, check everything and complete it with the defaults.
 
-    Raises UserError with one line if the file cannot be read or any setting in it, or in `overrides`, cannot be used.
+    In folders, ~ and environment variables are put in, but not in a config that a sweep completed: its folders are whole. Raises UserError
+    with one line if the file cannot be read or any setting in it, or in `overrides`, cannot be used.
     """
     settings = read_json(Path(path))
+    is_completed = settings.keys() >= {"_source", *FIELDS}
     overriding: dict[str, Any] = {}
     for override in overrides:
         key, value = _parse_override(override)
         if key in overriding:
             raise UserError(f'--set: key "{key}" appears twice; keep one of them')
         overriding[key] = value
-    settings |= overriding
+    settings = {key: value for key, value in settings.items() if key not in overriding}
+    if not is_completed:
+        settings = with_whole_folders(settings, source=str(path))
+    settings |= with_whole_folders(overriding, source="--set")
     return make_config(settings, source=str(path), experiment_name=Path(path).stem)
 
 
 def make_config(settings: dict[str, Any], source: str, experiment_name: str = "experiment") -> Config:
     """Check a dict of settings and complete it; `source` names where it comes from in messages.
 
-    Keys that begin with `_` are passed over. `experiment_name` is the name used when the settings have none. Raises UserError.
+    Keys that begin with `_` are passed over. `experiment_name` is the name used when the settings have none. Folders are taken as they are
+    written (see `with_whole_folders`). Raises UserError.
     """
     values = {key: value for key, value in settings.items() if not key.startswith("_")}
     for key, value in values.items():
@@ -235,11 +243,41 @@ def make_config(settings: dict[str, Any], source: str, experiment_name: str = "e
     }
     for key, default in defaults.items():
         values[key] = values.get(key) or _checked(key, default, source)
-    for key in ("data_path", "results_dir"):
-        values[key] = _whole_path(key, values[key], source)
+    for key in FOLDER_KEYS:
+        values[key] = os.path.abspath(values[key])
     config = Config(**values)
     _check_combinations(config, source)
     return config
+
+
+def with_whole_folders(settings: dict[str, Any], source: str) -> dict[str, Any]:
+    """The settings that a user wrote, with ~ and environment variables put into their folders. Raises UserError, naming `source`."""
+    folders = {key: _checked(key, settings[key], source) for key in FOLDER_KEYS if settings.get(key)}
+    return settings | {key: whole_path(text, f"{source}: {key}") for key, text in folders.items()}
+
+
+def whole_path(text: str, where: str) -> str:
+    """A folder's path from the root, of what a user wrote, with ~ and environment variables put in; once, whatever these hold.
+
+    A folder that is there may have a $ in its name. where: what the text is, in messages. Raises UserError.
+    """
+    user = text.partition("/")[0] if text.startswith("~") else ""
+    home = os.path.expanduser(user)
+    if user and home == user:
+        missing = f'there is no user "{user[1:]}"' if user != "~" else "the environment variable HOME is not set"
+        raise UserError(f'{where} is "{text}"; {missing}; write the folder out, as in ./{user} where that is its name')
+
+    def put_in(match: re.Match) -> str:
+        name = match["name"] or match["braced"]
+        folder = home + match.string[: match.end()] + match["rest"]
+        if os.path.isabs(folder) and os.path.lexists(folder):
+            return match[0]
+        if not os.environ.get(name):
+            raise UserError(f'{where} is "{text}"; the environment variable {name} is not set: set it, or write the folder out')
+        return os.environ[name]
+
+    variable = r"\$(?:(?P<name>\w+)|\{(?P<braced>\w+)\})(?=(?P<rest>[^/]*))"
+    return os.path.abspath(home + re.sub(variable, put_in, text[len(user) :]))
 
 
 def differing_keys(stored: Config, config: Config) -> list[str]:
@@ -259,8 +297,13 @@ def settled(config: Config, stored: Config | None, is_gpu: bool) -> Config:
 def check_same_settings(stored: Config | None, config: Config, where: Path) -> None:
     """Raise UserError if `stored`, which stands in the file `where`, can give other results than `config`; None agrees with all."""
     if stored is not None and (keys := differing_keys(stored, config)):
-        differences = ", ".join(f"{key} ({getattr(stored, key)} there, {getattr(config, key)} here)" for key in keys)
+        differences = described_differences(keys, stored.to_dict(), config.to_dict())
         raise UserError(f"{where}: this run was started with other settings: {differences}; use those, or another experiment_name")
+
+
+def described_differences(keys: Iterable[str], there: dict[str, Any], here: dict[str, Any]) -> str:
+    """The settings of these names in two places, for messages."""
+    return ", ".join(f"{key} ({there.get(key)} there, {here.get(key)} here)" for key in keys)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -329,21 +372,6 @@ def _parse_override(override: str) -> tuple[str, Any]:
             value = read(text)
             break
     return key, _checked(key, value, "--set")
-
-
-def _whole_path(key: str, text: str, source: str) -> str:
-    """A folder's path from the root, with ~ and environment variables put in. A folder that is there may have a $ in its name."""
-
-    def put_in(match: re.Match) -> str:
-        name = match["name"] or match["braced"]
-        if os.path.isabs(match.string) and os.path.lexists(match.string[: match.end()] + match["rest"]):
-            return match[0]
-        if not os.environ.get(name):
-            raise UserError(f'{source}: {key} is "{text}"; the environment variable {name} is not set: set it, or write the folder out')
-        return os.environ[name]
-
-    variable = r"\$(?:(?P<name>\w+)|\{(?P<braced>\w+)\})(?=(?P<rest>[^/]*))"
-    return os.path.abspath(re.sub(variable, put_in, os.path.expanduser(text)))
 
 
 def _checked(key: str, value: Any, source: str) -> Any:

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from incremental_cifar.config import NUM_CLASSES
+
 STEPS_PER_WINDOW = 25  # training losses and accuracies are stored as means over so many steps
 
 
@@ -28,6 +30,12 @@ METRICS = {
     "class_order": Metric("100", "int64", "CIFAR's labels in the order in which this run meets them"),
 }
 PER_EPOCH_METRICS = tuple(name for name in METRICS if name.endswith(("_per_epoch", "_runtime")))
+
+
+def array_lengths(num_steps: int, num_epochs: int) -> dict[str, int]:
+    """The lengths of METRICS in a finished run of so many steps and epochs."""
+    lengths = dict.fromkeys(METRICS, num_steps // STEPS_PER_WINDOW)
+    return lengths | dict.fromkeys(PER_EPOCH_METRICS, num_epochs) | {"class_order": NUM_CLASSES}
 
 
 class LearningCurves:
@@ -69,11 +77,12 @@ class LearningCurves:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Fill in the curves of a stored state, in place; a metric that it does not hold stays NaN up to there."""
+        """Fill in the curves of a stored state, in place; a metric that it does not hold stays NaN up to there; others are passed over."""
         for mine, stored in ((self.step_losses, state["step_losses"]), (self.step_accuracies, state["step_accuracies"])):
             mine[: len(stored)] = stored
         for name, values in state["per_epoch"].items():
-            self.per_epoch[name][: len(values)] = values.numpy()
+            if name in self.per_epoch:
+                self.per_epoch[name][: len(values)] = values.numpy()
 
 
 def window_means(values: torch.Tensor) -> np.ndarray:

@@ -5,7 +5,7 @@
 
 An experiment's folder, results_dir/experiment_name/, holds for each index K:
 
-    config_files/index-K.json                 the complete config; versions, device and commit of the start, and of each resumption
+    config_files/index-K.json                 the complete config; versions, device and code of the start, and of each resumption
     <metric>/index-K.npy                      one folder per metric, see learning_curves.METRICS
     model_parameters/index-K_epoch-E.pt       state dicts: the initial network (E = 0) and the network at the end of each task
     experiment_checkpoints/index-K_epoch-E.pt what a run resumes from; the newest two
@@ -36,13 +36,10 @@ if TYPE_CHECKING:
     import torch  # otherwise imported where tensors are written or read: whoever only looks at runs need not wait seconds for it
 
 CHECKPOINTS_KEPT = 2
+RESTART = "incremental_cifar_experiment.py --restart"  # in messages, which other scripts show too
 
 METRIC_FOLDERS = ("*_per_checkpoint", "*_per_epoch", "*_runtime")  # of what a run measures
 ANALYSIS_FOLDERS = ("*_analysis", "accuracy_per_class_in_order")  # of what post_run_analysis.py finds out later
-
-
-class CannotResume(UserError):
-    """A run is in progress in a folder, and there is nothing to resume it from."""
 
 
 class RunFiles:
@@ -79,18 +76,29 @@ class RunFiles:
             return None
         return make_config(BEFORE_THEY_EXISTED | settings, source=str(self.config_file), experiment_name=self.folder.name)
 
-    def add_resumption(self, epoch: int, environment: dict[str, Any]) -> dict[str, Any]:
-        """Note in the stored config that the run goes on after this epoch, and in which environment; return that of its start."""
+    def add_resumption(self, epoch: int, environment: dict[str, Any]) -> None:
+        """Note in the stored config that the run goes on after this epoch, and in which environment."""
         content = read_stored(self.config_file) or {}
-        earlier, start = content.get("_resumptions"), content.get("_environment")
+        earlier = content.get("_resumptions")
         content["_resumptions"] = [*(earlier if isinstance(earlier, list) else []), {"epoch": epoch, **environment}]
         write_file(self.config_file, (json.dumps(content, indent=1) + "\n").encode())
-        return start if isinstance(start, dict) else {}
 
     # --- metrics ---
 
     def save_array(self, metric: str, array: np.ndarray) -> None:
         write_file(self.array_file(metric), array_bytes(array))
+
+    def has_arrays(self, lengths: dict[str, int]) -> bool:
+        """Whether each of these metrics is there whole, with so many values."""
+        with contextlib.suppress(Exception):  # not there, or damaged in one of many ways
+            paths = {self.array_file(metric): length for metric, length in lengths.items()}
+            return all(path.is_file() and np.load(path, allow_pickle=False).shape == (length,) for path, length in paths.items())
+        return False
+
+    def is_analysed(self, num_tasks: int) -> bool:
+        """Whether the analysis of a finished run is there whole: its settings are written last, a digest per model (null: it was gone)."""
+        digests = read_note(self.folder / "analysis_settings" / self.config_file.name).get("model_sha256")
+        return isinstance(digests, list) and len(digests) == num_tasks + 1 and None not in digests
 
     # --- models and checkpoints ---
 
@@ -98,6 +106,11 @@ class RunFiles:
         """Store a network's state dict, on the CPU and contiguous, as the network of this epoch."""
         state = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
         write_file(self.model_file(epoch), state_bytes(state))
+
+    def has_model(self, epoch: int) -> bool:
+        """Whether the network of this epoch is there; of 0 bytes, as a full disk or a broken copy leaves it, it is not."""
+        path = self.model_file(epoch)
+        return path.is_file() and path.stat().st_size > 0
 
     def save_checkpoint(self, epoch: int, state: dict[str, Any]) -> None:
         """Write the checkpoint after `epoch` epochs with its checksum, read it back, then remove all but the newest two of this run."""
@@ -129,7 +142,7 @@ class RunFiles:
                 warn(f"{path}: this checkpoint is damaged ({error}); looking for the one before it")
         if checkpoints:
             raise UserError(
-                f"{self.checkpoint_folder}: no checkpoint of index {self.index} is whole; delete them to start the run again (--restart)"
+                f"{self.checkpoint_folder}: no checkpoint of index {self.index} is whole; delete them to start the run again ({RESTART})"
             )
         return None
 
@@ -150,7 +163,7 @@ class RunFiles:
     # --- what is left of a run ---
 
     def check_resumable(self) -> None:
-        """Raise CannotResume if a run got further here than a new one has before its first checkpoint, and there is none to resume it from.
+        """Raise UserError if a run got further here than a new one has before its first checkpoint, and there is none to resume it from.
 
         A run writes its config first, and its metrics after each checkpoint; so one that was killed before its first is still new.
         """
@@ -163,20 +176,20 @@ class RunFiles:
             left, reason = self._arrays(*METRIC_FOLDERS), "its checkpoints are gone; restore them"
             left += [path for epoch, path in self.models() if epoch > first_checkpoint]
         if left and not self.checkpoints():
-            raise CannotResume(
+            raise UserError(
                 f"{left[0]}: a run of index {self.index} is in progress here and cannot be resumed, since {reason}, or begin it anew "
-                "with --restart, which deletes what is here of it"
+                f"by {RESTART}, which deletes what is here of it"
             )
 
     def forget(self) -> None:
         """Delete all that is there of this run. If that is interrupted, what is left is not taken for a finished or a new run."""
         if self.index in self.finished_indices():
             self.mark_finished(False)
-        paths = [path for _, path in self.checkpoints()]
+        paths = [self.array_file("class_order"), *(path for _, path in self.checkpoints())]  # without the first, no run is finished
         paths += self._released_checkpoints()
         paths += [path for _, path in self.models()]
         paths += [*self._arrays(*ANALYSIS_FOLDERS), self.folder / "analysis_settings" / self.config_file.name, self.progress_file]
-        paths += [self.config_file, self.array_file("class_order"), *self._arrays(*METRIC_FOLDERS)]
+        paths += [self.config_file, *self._arrays(*METRIC_FOLDERS)]
         for path in paths:
             path.unlink(missing_ok=True)
 
@@ -238,15 +251,16 @@ class RunFiles:
             raise UserError(f"{self.indices_file}: there is something else in the place of this file; move it away")
         try:
             indices = np.load(self.indices_file, allow_pickle=False)
-            if indices.dtype.kind not in "iu" and not (indices.dtype.kind == "f" and np.array_equal(indices, np.rint(indices))):
+            is_whole = indices.dtype.kind == "f" and np.isfinite(indices).all() and np.array_equal(indices, np.rint(indices))
+            if indices.dtype.kind not in "iu" and not is_whole:
                 raise ValueError(f"expected integers, found {indices.dtype}")
             # As released: one finished run gives an array without a dimension, and a repeated run an index that appears twice.
             return sorted({int(index) for index in np.atleast_1d(indices)})
         except Exception as error:  # np.load raises many kinds, depending on where a file is damaged
             reason = error if os.path.getsize(self.indices_file) else "it is empty, 0 bytes"
             raise UserError(
-                f"{self.indices_file}: cannot read the list of finished runs ({reason}); delete it, and start those runs again: each goes "
-                "on from its last checkpoint"
+                f"{self.indices_file}: cannot read the list of finished runs ({reason}); delete it, and give the commands of those runs "
+                "again: finished ones are recognised, others go on from their checkpoints"
             ) from None
 
     def mark_finished(self, finished: bool = True) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from incremental_cifar.command_line import warn
 from incremental_cifar.config import REPOSITORY, SIZE_KEYS, Config
-from incremental_cifar.safe_files import read_note
 from incremental_cifar.sweep_local import Task, Workers, run_tasks, status_text
 from incremental_cifar.sweep_plan import Experiment, indices_text
 from incremental_cifar.sweep_status import failure_text
@@ -70,9 +69,7 @@ def model_files(experiment: Experiment, index: int) -> list[Path]:
 
 
 def is_analysed(experiment: Experiment, index: int) -> bool:
-    """Whether a finished run's analysis is there whole: its settings are written last, with a digest per model (null: it was gone)."""
-    digests = read_note(experiment.folder / "analysis_settings" / f"index-{index}.json").get("model_sha256", ())
-    return len(digests) == experiment.config.num_tasks + 1 and None not in digests
+    return experiment.files(index).is_analysed(experiment.config.num_tasks)
 
 
 def tidy(experiment: Experiment, index: int, keep: str) -> None:

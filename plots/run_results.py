@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from incremental_cifar.config import REPOSITORY, SIZE_KEYS, Config, UserError, read_sizes, read_stored
+from incremental_cifar.config import REPOSITORY, SIZE_KEYS, Config, UserError, read_sizes, read_stored, whole_path
 
 # The paper's algorithms by the names of their folders, in the order of legends.
 ALGORITHM_LABELS = {
@@ -175,7 +175,11 @@ def algorithm_label(algorithm: str) -> str:
 def add_results_argument(parser: argparse.ArgumentParser) -> None:
     """Give a script's command line the folder of results."""
     help_text = "folder with one folder per algorithm (default results/ beside plots/)"
-    parser.add_argument("--results_dir", type=Path, default=REPOSITORY / "results", metavar="DIR", help=help_text)
+    parser.add_argument("--results_dir", type=_results_folder, default=REPOSITORY / "results", metavar="DIR", help=help_text)
+
+
+def _results_folder(text: str) -> Path:
+    return Path(whole_path(text, "--results_dir"))
 
 
 def add_output_argument(parser: argparse.ArgumentParser) -> None:

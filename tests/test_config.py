@@ -109,6 +109,11 @@ def test_a_whole_number_is_an_integer_in_a_file_too():
     assert type(make_config({"num_tasks": 3.0}, "test").num_tasks) is int
 
 
+def config_with(folder, file=None, overrides=()):
+    (folder / "c.json").write_text(json.dumps(file or {}))
+    return load_config(folder / "c.json", overrides)
+
+
 @pytest.mark.parametrize("text", ["$SCRATCH/results", "${SCRATCH}/results", "/$NOT_HERE/../$SCRATCH/results", "~/../$SCRATCH/results"])
 @pytest.mark.parametrize("key", ["results_dir", "data_path"])
 def test_environment_variables_are_put_into_folders(tmp_path, monkeypatch, key, text):
@@ -116,18 +121,25 @@ def test_environment_variables_are_put_into_folders(tmp_path, monkeypatch, key, 
     monkeypatch.setenv("HOME", "/root")
     monkeypatch.setenv("NOT_HERE", "x")
     monkeypatch.chdir(tmp_path)
-    assert getattr(make_config({key: text}, "test"), key) == f"{tmp_path}/results"
+    assert getattr(config_with(tmp_path, {key: text}), key) == f"{tmp_path}/results"
+    assert getattr(config_with(tmp_path, {key: "$UNUSED"}, [f"{key}={text}"]), key) == f"{tmp_path}/results"
 
 
 def test_a_folder_whose_name_has_a_dollar_can_be_used(tmp_path, monkeypatch):
-    """And a completed config can be completed again, as is done with stored ones."""
+    """And variables are put in once, whatever they hold: a completed config can be completed again, as is done with stored ones."""
     folder = tmp_path / "$SCRATCH" / "a$b c"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("SCRATCH", "/elsewhere")
-    config = make_config({"results_dir": "c$/results", "data_path": "$SCRATCH/data"}, "test")
+    config = config_with(folder, {"results_dir": "c$/results", "data_path": "$SCRATCH/data"})
     assert config.results_dir == f"{folder}/c$/results" and config.data_path == "/elsewhere/data"
-    assert make_config(config.to_dict(), "test") == config
+    monkeypatch.setenv("HOME", "/of/$SCRATCH")
+    monkeypatch.setenv("PLACE", "/its/$SCRATCH")
+    config = config_with(folder, {"results_dir": "~/results", "data_path": "$PLACE/data"})
+    assert (config.results_dir, config.data_path) == ("/of/$SCRATCH/results", "/its/$SCRATCH/data")
+    assert make_config(config.to_dict(), "test") == config  # as a stored one
+    assert config_with(folder, {"_source": "mine.json", **config.to_dict()}) == config  # as a sweep completes it
+    assert incremental_cifar_experiment.IncrementalCIFARExperiment(config, str(folder / "run"), 0).config.data_path == config.data_path
 
 
 def test_numbers_of_steps_with_a_last_smaller_batch():
@@ -228,6 +240,11 @@ BAD_COMMAND_LINES = {
     "capitalised boolean": (["--config", "c.json", "--set", "use_cbp=True"], 'use_cbp is "True"; it must be true or false'),
     "no such GPU": (["--config", "c.json", "--set", "device=cuda:99"], '"cuda:99" is not here'),
     "data set not there": (["--config", "c.json", "--set", "data_path=c.json"], "CIFAR-100 is not there"),
+    "variable not set": (
+        ["--config", "c.json", "--set", "results_dir=$NOPE/x"],
+        '--set: results_dir is "$NOPE/x"; the environment variable',
+    ),
+    "no such user": (["--config", "c.json", "--set", "results_dir=~nobody-here/x"], 'is "~nobody-here/x"; there is no user "nobody-here"'),
     "results in a file": (["--config", "c.json", "--set", "results_dir=c.json"], "cannot write this file"),
 }
 

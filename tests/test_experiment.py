@@ -86,7 +86,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(uninte
         run.wait_for_output(f"Epoch {epoch}/")
         run.send(signal_number)
         assert run.wait() == 128 + signal_number, run.output()
-        assert f"stopped after epoch {epoch} with a checkpoint" in run.output()
+        assert f"stopped after epoch {epoch} with a checkpoint; the same command resumes" in run.output()
         assert f"index-0_epoch-{epoch}.pt" in os.listdir(tmp_path / algorithm / "experiment_checkpoints")
     run = script(arguments)
     assert run.wait() == 0 and f"Resuming index 0 after epoch {epochs[-1]} of 12" in run.output()
@@ -99,13 +99,16 @@ def test_every_signal_that_asks_a_run_to_stop_is_answered_at_once_and_leaves_a_c
     """A lost connection and SIGUSR2 like SIGTERM; the answer comes while the epoch is still running, on a line of its own."""
     algorithm = "base_deep_learning_system"
     arguments = tiny_arguments(algorithm, tmp_path)
-    for epoch, (number, hint) in enumerate([(signal.SIGHUP, ""), (signal.SIGUSR2, ""), (signal.SIGINT, "; Ctrl-C again ends it now")], 1):
-        run = script([*arguments, "--verbose"], prepare=functools.partial(signal_in_epoch, epoch, number))
+    for epoch, (number, hint, restart) in enumerate(
+        [(signal.SIGHUP, "", ["--restart"]), (signal.SIGUSR2, "", []), (signal.SIGINT, "; Ctrl-C again ends it now", [])], 1
+    ):
+        run = script([*arguments, "--verbose", *restart], prepare=functools.partial(signal_in_epoch, epoch, number))
         assert run.wait() == 128 + number, run.output()
         lines = run.output().splitlines()
         answer = lines.index(f"{signal.Signals(number).name}: stopping after this epoch{hint}")
         assert any(line.startswith("\tvalidation accuracy") for line in lines[answer:]), lines
-        assert f"stopped after epoch {epoch} with a checkpoint" in lines[-1]
+        command = f"the same command{' without --restart' if restart else ''} resumes"
+        assert f"stopped after epoch {epoch} with a checkpoint; {command}." in lines[-1]
     run = script(arguments, prepare=ignore_and_lose_connection)
     assert run.wait() == 0, run.output()
     assert stored_results(tmp_path / algorithm) == stored_results(uninterrupted(algorithm))
@@ -123,6 +126,24 @@ def signal_in_epoch(number, signal_number):
         train_epoch(self, epoch, classes, stepsize)
 
     script_module.IncrementalCIFARExperiment.train_epoch = train
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.parametrize("indices", ["0", "0-1"])
+def test_a_signal_before_the_first_epoch_ends_a_run_at_once(number, status, indices, tmp_path, script):
+    run = script([*tiny_arguments(BASE, tmp_path), "--experiment-index", indices], prepare=functools.partial(signal_in_preparation, number))
+    assert run.wait() == status
+    assert run.output() == ""
+
+
+def signal_in_preparation(number):
+    import incremental_cifar_experiment as script_module
+
+    def wait(*_):
+        signal.raise_signal(number)
+        raise UserError("it went on")
+
+    script_module.load_images = wait
 
 
 def ignore_and_lose_connection():
@@ -321,7 +342,7 @@ def test_a_signal_at_any_moment_is_honoured_with_a_checkpoint(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("deleted", "changes", "message"),
     [
-        ("config_files", {"stepsize": 0.3}, "is of a run with other settings"),
+        ("config_files", {"stepsize": 0.3}, "is of a run with other settings: stepsize (0.1 there, 0.3 here)"),
         ("config_files", {"network_width": 3}, "is of a run with other settings"),
         ("config_files", {"use_cbp": True, "replacement_rate": 0.1, "maturity_threshold": 3}, "is of a run with other settings"),
         ("model_parameters", {}, "index-0_epoch-4.pt: this model was deleted while the run was in progress"),
@@ -439,6 +460,73 @@ def test_a_run_that_cannot_be_resumed_does_not_stop_those_beside_it(results, cap
     assert np.load(results / BASE / "experiment_indices.npy").tolist() == [1]
 
 
+@pytest.mark.parametrize("content", ["{", '{"stepsize": 0.3}'])
+def test_a_stored_config_that_cannot_be_used_does_not_stop_those_beside_it(content, results, capsys):
+    (results / BASE / "config_files" / "index-0.json").write_text(content)
+    assert start(results, "--experiment-index", "0,1") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith("error: index 0: ") and "config_files/index-0.json: " in errors[0]
+    assert np.load(results / BASE / "experiment_indices.npy").tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "cuda:99"}, 'device: "cuda:99" is not here'),
+        ({"dataset": "cifar100", "data_path": "/dev/null/data"}, "CIFAR-100 is not there"),
+    ],
+)
+def test_what_keeps_all_indices_from_running_is_said_once(settings, message, tmp_path, capsys):
+    import incremental_cifar_experiment as script_module
+
+    arguments = [*tiny_arguments(BASE, tmp_path, **settings), "--experiment-index", "0-2"]
+    assert run_script(script_module.main, arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: index 0, 1, 2: ") and message in error
+
+
+def make_kept(folder, keep):
+    """Of a finished run, what a sweep keeps."""
+    gone = ["experiment_checkpoints/*", *(["model_parameters/*"] if keep == "results" else [])]
+    if keep == "results":
+        assert run_script(post_run_analysis.main, ["--results_dir", str(folder), "--device", "cpu"]) == 0
+    delete(*gone)(folder)
+
+
+@pytest.mark.parametrize("keep", ["all", "models", "results"])
+def test_a_finished_run_that_is_not_in_the_list_is_recognised(keep, tmp_path, uninterrupted, monkeypatch, capsys):
+    """Its list was damaged or deleted: the run goes into it again, and is neither refused nor trained."""
+    import incremental_cifar_experiment as script_module
+
+    folder = shutil.copytree(uninterrupted(BASE), tmp_path / BASE)
+    make_kept(folder, keep)
+    before = everything_in(folder)
+    (folder / "experiment_indices.npy").unlink()
+    monkeypatch.setattr(script_module.IncrementalCIFARExperiment, "load_data", lambda *_: pytest.fail("it was begun"))
+    capsys.readouterr()
+    assert run_script(script_module.main, tiny_arguments(BASE, tmp_path)) == 0
+    output = capsys.readouterr()
+    assert output.out.count("\n") == 1 and "is finished, by its arrays; it is in experiment_indices.npy again" in output.out
+    assert output.err == "" and before.keys() == everything_in(folder).keys()
+    assert np.load(folder / "experiment_indices.npy").tolist() == [0]
+
+
+def test_what_has_not_all_its_arrays_and_models_is_not_taken_for_finished(tmp_path, uninterrupted, capsys):
+    import incremental_cifar_experiment as script_module
+
+    folder = shutil.copytree(uninterrupted(BASE), tmp_path / BASE)
+    delete("experiment_indices.npy", "model_parameters/index-0_epoch-8.pt", "experiment_checkpoints/*")(folder)
+    arguments = tiny_arguments(BASE, tmp_path)
+    assert run_script(script_module.main, arguments) == 2
+    assert "index-0_epoch-8.pt: this model was deleted" in capsys.readouterr().err
+    assert run_script(script_module.main, [*arguments, "--without-models"]) == 0
+    delete("experiment_indices.npy")(folder)
+    np.save(folder / "test_loss_per_epoch" / "index-0.npy", np.zeros(11, dtype=np.float32))
+    assert run_script(script_module.main, [*arguments, "--without-models"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "its checkpoints are gone" in error and "by incremental_cifar_experiment.py --restart" in error
+
+
 @pytest.mark.parametrize("state", ["finished", "checkpoints gone"])
 def test_restart_begins_anew_and_leaves_other_indices_alone(state, results, uninterrupted, capsys):
     folder = results / BASE
@@ -460,54 +548,94 @@ def test_restart_begins_anew_and_leaves_other_indices_alone(state, results, unin
     assert others == {path: content for path, content in everything_in(folder).items() if "index-10" in path}
 
 
-def test_models_that_are_gone_are_noticed_when_a_run_is_resumed(results, uninterrupted, monkeypatch, capsys):
+@pytest.mark.parametrize("content", [None, b""], ids=["deleted", "empty"])
+def test_models_that_are_gone_are_noticed_when_a_run_is_resumed(content, results, uninterrupted, monkeypatch, capsys):
     """Before any epoch is trained; and the run can go on without, and is finished then."""
     import incremental_cifar_experiment as script_module
 
     folder = results / BASE
     delete("model_parameters/index-0_epoch-4.pt")(folder)
+    if content is not None:
+        (folder / "model_parameters" / "index-0_epoch-4.pt").write_bytes(content)
     monkeypatch.setattr(script_module.IncrementalCIFARExperiment, "train", lambda *_: pytest.fail("an epoch was trained"))
     assert start(results) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and "index-0_epoch-4.pt: this model was deleted" in error and "--without-models" in error
+    assert error.startswith("error: ") and "index-0_epoch-4.pt: this model was deleted" in error
+    assert error.endswith("go on without it by incremental_cifar_experiment.py --without-models")
     monkeypatch.undo()
     assert start(results, "--without-models") == 0
-    assert "warning: going on without index-0_epoch-4.pt in " in capsys.readouterr().err
+    assert capsys.readouterr().err.count("warning: going on without index-0_epoch-4.pt in ") == 1
     expected = stored_results(uninterrupted(BASE))
-    del expected["model_parameters/index-0_epoch-4.pt"]
-    assert stored_results(folder) == expected
+    expected["model_parameters/index-0_epoch-4.pt"] = content
+    assert stored_results(folder) == {name: bytes_ for name, bytes_ in expected.items() if bytes_ is not None}
     assert start(results) == 0 and "is finished; nothing to do" in capsys.readouterr().out
 
 
-def test_other_code_is_named_and_every_resumption_recorded(results, monkeypatch, capsys):
+OTHER_CODE = {  # commit and digest of the checkpoint's environment and of this one, and what the warning names; None: there is none
+    "another commit": (("a" * 40, "1"), ("b" * 40, "2"), f"commit {'a' * 40} -> {'b' * 40}"),
+    "another commit of the same code": (("a" * 40, "1"), ("b" * 40, "1"), None),
+    "two states that are not committed": (("a-dirty", "1"), ("a-dirty", "2"), "digest of the files 1 -> 2"),
+    "no commits": ((None, "1"), (None, "2"), "digest of the files 1 -> 2"),
+    "before there was a digest": (("a", None), ("b", "2"), "commit a -> b"),
+    "before there was a digest, no commit": (("a", None), (None, "2"), None),
+}
+
+
+def rewrite_checkpoint(results_dir, change):
+    """Change the newest checkpoint, as another version of the code would have written it."""
+    path = RunFiles(results_dir / BASE, 0).checkpoints()[-1][1]
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["sha256"]
+    change(checkpoint)
+    torch.save(checkpoint | {"sha256": state_digest(checkpoint)}, path)
+
+
+@pytest.mark.parametrize(("before", "here", "named"), OTHER_CODE.values(), ids=OTHER_CODE)
+def test_other_code_than_the_last_checkpoints_is_named(before, here, named, results, monkeypatch, capsys):
     import incremental_cifar_experiment as script_module
 
+    def change(checkpoint):
+        checkpoint["environment"] |= {"commit": before[0], "code": before[1]}
+        if before[1] is None:
+            del checkpoint["environment"]["code"]
+
+    rewrite_checkpoint(results, change)
     describe = script_module.describe_environment
+    present = {"commit": here[0], "code": here[1]}
+    monkeypatch.setattr(script_module, "describe_environment", lambda *arguments: describe(*arguments) | present)
     config_file = results / BASE / "config_files" / "index-0.json"
     started = json.loads(config_file.read_text())
-    for commit, warnings in (("b" * 40, 1), (started["_environment"]["commit"], 0)):
-        monkeypatch.setattr(
-            script_module, "describe_environment", lambda *arguments, commit=commit: describe(*arguments) | {"commit": commit}
-        )
-        train = script_module.IncrementalCIFARExperiment.train
-        monkeypatch.setattr(script_module.IncrementalCIFARExperiment, "train", lambda *_: 1 / 0)
+    monkeypatch.setattr(script_module.IncrementalCIFARExperiment, "train", lambda *_: 1 / 0)
+    for _ in range(2):  # every resumption is recorded
         with pytest.raises(ZeroDivisionError):
             start(results)
-        monkeypatch.setattr(script_module.IncrementalCIFARExperiment, "train", train)
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-        assert len(lines) == warnings and all(started["_environment"]["commit"] in line and commit in line for line in lines), lines
+        warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        expected = [f"warning: resuming with other code ({named}): results may differ from either's"]
+        assert warnings == (expected if named else [])
     stored = json.loads(config_file.read_text())
     resumptions = stored.pop("_resumptions")
     assert stored == started
-    assert [(entry["epoch"], entry["commit"]) for entry in resumptions] == [(6, "b" * 40), (6, started["_environment"]["commit"])]
+    assert [(entry["epoch"], entry["commit"], entry["code"]) for entry in resumptions] == [(6, *here)] * 2
+
+
+def test_the_code_of_a_run_is_known_without_commits(results):
+    environment = json.loads((results / BASE / "config_files" / "index-0.json").read_text())["_environment"]
+    assert len(environment["code"]) == 12 and int(environment["code"], 16) >= 0
+
+
+def test_a_checkpoint_of_another_version_is_resumed(results, uninterrupted):
+    def change(checkpoint):
+        checkpoint["curves"]["per_epoch"]["another_metric_per_epoch"] = torch.zeros(6)
+        del checkpoint["environment"]
+
+    rewrite_checkpoint(results, change)
+    assert start(results) == 0
+    assert stored_results(results / BASE) == stored_results(uninterrupted(BASE))
 
 
 def test_a_metric_that_a_run_did_not_have_from_its_start_is_missing_before(results):
     """NaN in the array, and no point in a figure; not 0."""
-    (_, path), *_ = [(epoch, path) for epoch, path in RunFiles(results / BASE, 0).checkpoints()]
-    checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["sha256"], checkpoint["curves"]["per_epoch"]["test_accuracy_per_epoch"]
-    torch.save(checkpoint | {"sha256": state_digest(checkpoint)}, path)
+    rewrite_checkpoint(results, lambda checkpoint: checkpoint["curves"]["per_epoch"].pop("test_accuracy_per_epoch"))
     assert start(results) == 0
     values = np.load(results / BASE / "test_accuracy_per_epoch" / "index-0.npy")
     assert np.isnan(values[:6]).all() and np.isfinite(values[6:]).all()

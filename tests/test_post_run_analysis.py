@@ -17,6 +17,7 @@ from incremental_cifar.config import UserError
 from incremental_cifar.resnet import ResNet18, build_network, hidden_layers
 from incremental_cifar.run_files import RunFiles
 from incremental_cifar.seeds import draw_class_order, experiment_seed
+from plots import plot_incremental_cifar_results
 from post_run_analysis import ACCURACY_PER_CLASS, TASK_METRICS
 
 NUM_TASKS, EPOCHS, CLASSES = TINY["num_tasks"], TINY["epochs_per_task"], TINY["classes_per_task"]
@@ -351,12 +352,26 @@ def test_models_that_are_gone_leave_the_others_to_be_analysed(gone, experiment, 
     assert all(np.array_equal(array, whole[metric]) for metric, array in analysis_of(experiment).items())
 
 
-def test_a_listed_run_without_models_leaves_the_others_to_be_named(experiment, capsys):
+def test_a_listed_run_without_models_leaves_the_others_to_be_analysed(experiment, capsys):
     np.save(experiment / "experiment_indices.npy", np.array([0, 4, 7]))
-    message = refused(experiment, capsys)
-    assert "experiment_indices.npy: names index 4, 7 as finished, but model_parameters/ holds no index-4_epoch-*.pt" in message
-    assert analyse(experiment, "--experiment-index", "0") == 0
+    assert analyse(experiment) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert "experiment_indices.npy: names index 4, 7 as finished, but model_parameters/ holds no index-4_epoch-*.pt" in line
     assert len(analysis_of(experiment)) == 8
+    np.save(experiment / "experiment_indices.npy", np.array([4, 7]))
+    assert "restore the models, or name the runs to analyse, as in --experiment-index 0" in refused(experiment, capsys)
+
+
+def test_folders_are_put_together_as_everywhere(experiment, monkeypatch, capsys):
+    """Of the analysis and of plots, as in configs."""
+    monkeypatch.setenv("SCRATCH", str(experiment.parent))
+    assert analyse("$SCRATCH/base_deep_learning_system", "--data_path", "$SCRATCH/data") == 0
+    arguments = ["--metric", "test_accuracy_per_epoch", "--output", str(experiment / "x.svg"), "--results_dir"]
+    assert run_script(plot_incremental_cifar_results.main, [*arguments, "${SCRATCH}"]) == 0, capsys.readouterr().err
+    assert run_script(plot_incremental_cifar_results.main, [*arguments, "$NOPE/x"]) == 2
+    assert '--results_dir is "$NOPE/x"; the environment variable NOPE is not set' in capsys.readouterr().err
+    assert analyse(experiment, "--data_path", "~nobody-here/x") == 2
+    assert '--data_path is "~nobody-here/x"; there is no user "nobody-here"' in capsys.readouterr().err
 
 
 # --- The released code's results -------------------------------------------------------------------------------------------------

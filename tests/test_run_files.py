@@ -127,14 +127,14 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
 def test_a_damaged_list_of_finished_runs_says_what_to_do(tmp_path, content):
     (tmp_path / "experiment_indices.npy").write_bytes(content)
     reason = r"\(it is empty, 0 bytes\)" if not content else ""
-    with pytest.raises(UserError, match=rf"cannot read the list of finished runs {reason}.*; delete it, and start those runs again"):
+    with pytest.raises(UserError, match=rf"cannot read the list of finished runs {reason}.*; delete it, and give the commands of those"):
         RunFiles(tmp_path, 0).finished_indices()
 
 
-@pytest.mark.parametrize("stored", [np.array([0.5]), np.array(["0"])])
+@pytest.mark.parametrize("stored", [np.array([0.5]), np.array(["0"]), np.array([0, np.nan]), np.array([np.inf])])
 def test_lists_of_finished_runs_hold_integers(tmp_path, stored):
     np.save(tmp_path / "experiment_indices.npy", stored)
-    with pytest.raises(UserError, match="expected integers"):
+    with pytest.raises(UserError, match=r"expected integers.*delete it, and give the commands of those runs again: finished"):
         RunFiles(tmp_path, 0).finished_indices()
 
 
