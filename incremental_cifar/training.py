@@ -227,13 +227,13 @@ class TrainingStep:
 
     def learn_from_batch(self, images: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The part of a step that is the same in every step, on the device alone: all of it can be recorded."""
-        self.optimizer.zero_grad()
         if self.half is not None:
             self.half.refresh()
             images = images.bfloat16()
         logits, features = self.forward(images)  # (n, 100), and what the hidden layers put out
         logits = logits.float() + mask
         loss = F.cross_entropy(logits, labels)
+        self.optimizer.zero_grad()
         loss.backward()
         if self.half is not None:
             self.half.pass_gradients_on()
