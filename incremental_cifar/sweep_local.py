@@ -30,7 +30,7 @@ from typing import IO, NamedTuple
 
 from incremental_cifar.command_line import SECONDS_OF_ONE_SIGNAL, STOP_SIGNALS, warn
 from incremental_cifar.config import UserError
-from incremental_cifar.safe_files import lock_holder
+from incremental_cifar.safe_files import lock_holder, process_identity
 from incremental_cifar.sweep_plan import Experiment, Job, make_jobs
 from incremental_cifar.sweep_status import (
     FAILED,
@@ -48,6 +48,7 @@ from incremental_cifar.sweep_status import (
     read_record,
     read_status,
     seconds_left,
+    started_process,
     status_table,
     sweep_lock_file,
     update_record,
@@ -439,6 +440,7 @@ class _Runs:
                 log=log,
                 host=socket.gethostname(),
                 process=process,
+                identity=process_identity(process),
                 place=place.name,
                 reason="",
             )
@@ -512,8 +514,8 @@ class _Runs:
         self.elsewhere.append(run)
         record = read_record(experiment, index)
         holder = working_process(experiment, index) or ""
-        process = record.get("process")
-        if record.get("host") == socket.gethostname() and holder.startswith(f"host {record['host']}, process {process},"):
+        process = started_process(record)
+        if process and holder.startswith(f"host {record.get('host')}, process {process},"):
             self.workers.adopted[process] = str(record.get("place"))
         self.display.say(f"runs      {experiment.name} index {index} already: {holder}")
 
@@ -535,7 +537,7 @@ class _Runs:
                 self._look(run)
         if again:
             self._enqueue(again)
-        held = {read_record(*run).get("process") for run in self.elsewhere}
+        held = {started_process(read_record(*run)) for run in self.elsewhere}
         for process in list(self.workers.adopted):
             if process not in held:
                 del self.workers.adopted[process]

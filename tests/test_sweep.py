@@ -19,7 +19,7 @@ import torch
 from conftest import ALGORITHMS, REPOSITORY, everything_in, processes, stored_results, tiny_arguments
 
 import run_sweep
-from incremental_cifar import sweep_local, sweep_plan
+from incremental_cifar import safe_files, sweep_local, sweep_plan
 from incremental_cifar.command_line import run_script
 from incremental_cifar.config import Config, UserError
 from incremental_cifar.resnet import build_network
@@ -548,15 +548,30 @@ def test_a_run_whose_process_has_not_got_its_lock_yet_is_running(tmp_path):
     (experiment,) = plan(config_files(tmp_path, ALGORITHMS[0]), [], [], [0])
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "incremental_cifar_experiment.py"])
     try:
-        new_record(experiment, 0, host=socket.gethostname(), process=process.pid)
-        wait_until(lambda: read_status(experiment, 0, is_finished=False).state == RUNNING)
+        record = {"host": socket.gethostname(), "process": process.pid, "identity": safe_files.process_identity(process.pid)}
+        new_record(experiment, 0, **record)
         assert read_status(experiment, 0, is_finished=False).note.endswith(f"process {process.pid}, starting")
+        new_record(experiment, 0, **record | {"process": os.getpid()})  # another program with the number of an ended one
+        assert read_status(experiment, 0, is_finished=False).state == NEVER
+        new_record(experiment, 0, **record)
     finally:
         process.kill()
+        wait_until(lambda: read_status(experiment, 0, is_finished=False).state == NEVER)  # though its parent has not asked for it
         process.wait()
-    assert read_status(experiment, 0, is_finished=False).state == NEVER
-    new_record(experiment, 0, host=socket.gethostname(), process=os.getpid())  # another program with the number of the ended one
-    assert read_status(experiment, 0, is_finished=False).state == NEVER
+
+
+@pytest.mark.parametrize("identity", [None, "", "boot 1, pid:[1], start 1", "own"])
+def test_only_a_process_that_is_certainly_an_earlier_sweeps_is_stopped_with_ours(identity, tmp_path):
+    """Of a container with the same host name, a process may have the number of another here."""
+    (experiment,) = plan(config_files(tmp_path, BASE), [], [], [0])
+    ours = {"host": socket.gethostname(), "process": os.getpid(), "place": "slot 1"}
+    if identity is not None:  # else the record is an older version's
+        ours["identity"] = safe_files.process_identity(os.getpid()) if identity == "own" else identity
+    new_record(experiment, 0, **ours)
+    workers = Workers([], Display(io.StringIO()))
+    with lock(experiment.files(0).lock_file):
+        sweep_local._Runs([read_status(experiment, 0, is_finished=False)], workers, 1, 1, {}, lambda *run: None)
+    assert workers.adopted == ({os.getpid(): "slot 1"} if identity == "own" else {})
 
 
 BAR = b"\rindex 0, task 1/2 (5 classes):   3.1% |          | 00:01, 01:02 left, epoch 2, test accuracy 0.100"
