@@ -59,6 +59,7 @@ from incremental_cifar.sweep_status import (
 SECONDS_BETWEEN_LOOKS = 1.0  # at the progress of what runs
 SECONDS_BETWEEN_LINES = 60.0  # that say how far everything is, where the output is not a terminal
 LINES_OF_A_FAILED_LOG = 5
+HIDES_GPUS = ("", "-1", "none", "NoDevFiles")  # in CUDA_VISIBLE_DEVICES, on purpose
 # What it means that a signal ended a process, where the signal's name does not say so.
 MEANINGS = {
     signal.SIGABRT: "a library gave up",
@@ -87,7 +88,10 @@ def visible_gpus() -> list[str]:
     """The GPUs of this machine as CUDA_VISIBLE_DEVICES names them, by number or UUID; only those in it, if it is set."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         names = [name.strip() for name in visible.split(",")]
-        return list(itertools.takewhile(re.compile(r"\d+$|(GPU|MIG)-\S+$").match, names))  # CUDA too passes over what follows another
+        gpus = list(itertools.takewhile(re.compile(r"\d+$|(GPU|MIG)-\S+$").match, names))  # CUDA too passes over what follows another
+        if (other := "".join(names[len(gpus) : len(gpus) + 1])) not in HIDES_GPUS:
+            warn(f'CUDA_VISIBLE_DEVICES: "{other}" is no number or UUID of a GPU; it hides itself and the GPUs after it')
+        return list(dict.fromkeys(gpus))
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     try:
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}

@@ -365,6 +365,9 @@ def test_sizes_of_models(width):
         ("echo 0; echo 1", "1,GPU-8932f937-d72c,MIG-GPU-8932/1/0", ["GPU 1", "GPU GPU-8932f937-d72c", "GPU MIG-GPU-8932/1/0"], ""),
         ("echo 0; echo 1", "1,-1,0", ["GPU 1"], ""),  # as CUDA has it
         ("echo 0; echo 1", "none", ["slot 1"], ""),
+        ("echo 0; echo 1", "garbage", ["slot 1"], 'CUDA_VISIBLE_DEVICES: "garbage" is no number or UUID of a GPU; it hides itself and the'),
+        ("echo 0; echo 1", "0,x,1", ["GPU 0"], 'CUDA_VISIBLE_DEVICES: "x" is no number or UUID'),
+        ("echo 0; echo 1", "1, 0,0", ["GPU 1", "GPU 0"], ""),
         ("echo 0; echo 1", "", ["slot 1"], ""),
     ],
 )
@@ -376,7 +379,8 @@ def test_only_numbers_and_uuids_are_gpus(nvidia_smi, visible, places, warning, t
     monkeypatch.setattr(sweep_local.os, "sched_getaffinity", lambda process: {0}, raising=False)
     experiment = Experiment("x", (), Config(), (0,))
     assert [place.name for place in sweep_local.find_places([experiment], None, None)] == places
-    assert warning in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert warning in error if warning else not error
 
 
 OK = ["--configs", "cfg/base_deep_learning_system.json", "--indices", "0"]
@@ -456,6 +460,20 @@ def test_requests_to_slurm():
     assert request == (26 * 60 + 31, {"partition": "gpu", "cpus-per-task": "4", "exclusive": True}, 8)
     minutes = {"90": 90, "90:30": 91, "1:30:00": 90, "1-12": 36 * 60, "1-12:30": 36 * 60 + 30}
     assert {text: parse_request([f"time={text}"], 30).minutes for text in minutes} == minutes
+
+
+@pytest.mark.parametrize(
+    ("option", "has_gpu"),
+    [
+        *[(option, True) for option in ("gpus=2", "gpus_per_node=a100:1", "gres=gpu", "gres=shard:1,gpu:a100:10", "gres=gpu:0,gpu:1")],
+        *[(option, True) for option in ("tres_per_task=cpu:4,gres/gpu=1", "tres_per_job=gres/gpu:1")],
+        *[(option, False) for option in ("gpus=0", "gpus_per_task=0", "gpus=a100:0", "gres=gpu:0", "gres=gpu:a100:0", "gres=none")],
+        *[(option, False) for option in ("gres_flags=one-task-per-sharing,allow-gpu-task-sharing", "gpu_bind=closest", "cpus_per_gpu=4")],
+        *[(option, False) for option in ("tres_per_task=cpu:4,gres/gpu=0", "partition=gpu")],
+    ],
+)
+def test_which_requests_ask_for_a_gpu(option, has_gpu):
+    assert parse_request([option], 30).has_gpu == has_gpu
 
 
 # --- Parts -----------------------------------------------------------------------------------------------------------------------
