@@ -87,10 +87,21 @@ def _reason(error: OSError, path: Path) -> str:
     """Why a file cannot be written: what stands in the place of a folder above it, or else the error."""
     for folder in reversed(path.parents):
         if os.path.lexists(folder) and not os.path.isdir(folder):
-            if not os.path.exists(folder):
-                return f"{folder} is a link to {os.readlink(folder)}, which is not there; make that folder, or remove the link"
-            return f"{folder.name} is not a folder"
+            return broken_link(folder) or f"{folder.name} is not a folder"
     return error.strerror or str(error)
+
+
+def broken_link(path: Path) -> str:
+    """What is wrong with a link that leads nowhere; empty for everything else."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if os.path.islink(path):
+            if error.errno == errno.ELOOP:
+                return f"{path} is a link that leads back to itself; remove it"
+            remedy = "which is not there; make that folder, or remove the link" if error.errno == errno.ENOENT else f"({error.strerror})"
+            return f"{path} is a link to {os.readlink(path)}, {remedy}"
+    return ""
 
 
 def check_destinations(*paths: Path) -> None:
