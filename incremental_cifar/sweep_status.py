@@ -34,6 +34,8 @@ HEADING = "=== "  # begins the lines that a sweep writes into a log
 BAR = re.compile(r"[^\r]*\| [\d:]+, [\d:?]+ left(?:, epoch \d+, test accuracy \d\.\d{3})?")
 # What an exception, the interpreter or the C++ library says went wrong, before lines that say where.
 RAISED = re.compile(r"^Traceback .*\n(?: .*\n)*(\S.*)|^(Fatal Python error: .*)|^  what\(\): (.*)", re.MULTILINE)
+# What a run says while nothing is wrong.
+ORDINARY = re.compile(r"(index \d+: )?(Resuming index \d|Epoch \d+/\d|\tstep \d|Index \d+ is finished)")
 
 
 class Status(NamedTuple):
@@ -216,6 +218,7 @@ def failure_text(reason: str, log: Path, index: int | None = None) -> str:
     mine = [line for line in lines if line.startswith(f"error: index {index}: ")]
     others = [line for line in lines if not re.match(r"error: index \d+: ", line)]
     errors = [line for line in others if line.startswith("error: ")]
+    others = [line for line in others if not ORDINARY.match(line)]
     raised = ["".join(groups).strip() for groups in RAISED.findall("\n".join(others))]
     return ": ".join(filter(None, [reason, *(mine or errors or raised or others)[-1:]]))
 

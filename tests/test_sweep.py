@@ -605,7 +605,12 @@ TRACEBACK = b'Traceback (most recent call last):\n  File "x.py", line 1, in <mod
         (134, BAR + b"\nfree(): invalid pointer\n" + SEVERAL_BARS, f"{ABORTED}: free(): invalid pointer"),
         (-6, BAR + b"terminate called\n  what():  out of range\nframe #0: f\n", f"{ABORTED}: out of range"),
         (-11, SEVERAL_BARS, "killed by SIGSEGV (a crash in a library)"),
-        (139, b"Resuming index 0\n" + SEVERAL_BARS, "killed by SIGSEGV (a crash in a library): Resuming index 0"),
+        (139, b"Killed\nResuming index 0 after epoch 1 of 4.\n" + SEVERAL_BARS, "killed by SIGSEGV (a crash in a library): Killed"),
+        (
+            -11,
+            b"index 0: Resuming index 0 after epoch 1 of 4.\nEpoch 2/4: task 1\n\tstep 25: a\n",
+            "killed by SIGSEGV (a crash in a library)",
+        ),
         (-9, BAR * 1000, "killed by SIGKILL (perhaps the system was out of memory)"),
         (137, b"", "killed by SIGKILL (perhaps the system was out of memory)"),
         (-7, BAR, "killed by SIGBUS (memory that it used was gone; perhaps a disk or /dev/shm is full)"),
