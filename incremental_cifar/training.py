@@ -51,9 +51,10 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", torch.device(name).index or 0)
     if device.index >= torch.cuda.device_count():
+        remedy = "device=cuda:0" if torch.cuda.device_count() else "a GPU, a driver and a PyTorch that go together"
         raise UserError(
-            f'device: "{name}" is not here, PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA GPUs; use device=cpu or '
-            "device=auto"
+            f'device: "{name}" is not here, PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA GPUs; use device=cpu, or '
+            f"{remedy}"
         )
     capability = torch.cuda.get_device_capability(device)
     oldest = min((int(arch.removeprefix("sm_").rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")), default=0)
