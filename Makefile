@@ -1,6 +1,7 @@
 # make demo: set up, then train and analyse on built-in images; the figures are in results/demo/figures/
 # make test: set up, then run all tests
-# The environment is .venv/, made by PYTHON (python3); with VENV=path an environment of yours is used as it is.
+# The environment is .venv/, made by PYTHON (python3); with VENV=path an environment of yours is used as it is. Another PyTorch than that of
+# requirements.txt: make setup TORCH=2.14.1 TORCHVISION=0.29.1
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,10 @@ setup: $(if $(filter .venv,$(VENV)),.venv/.complete)  ## make the environment (a
 .venv/.complete: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet -r requirements-dev.txt
+	@sed $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/') -e '$(if $(TORCHVISION),s/^torchvision==.*/torchvision==$(TORCHVISION)/)' \
+		requirements.txt > $(VENV)/requirements.txt
+	@cp requirements-dev.txt $(VENV)
+	$(PY) -m pip install --quiet -r $(VENV)/requirements-dev.txt
 	@touch $@
 
 # A small problem: 4 tasks of 5 classes, 6 epochs each, 180 built-in images per class, a network of an eighth of the width; units are

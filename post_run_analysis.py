@@ -330,7 +330,11 @@ def load_model(path: Path, network: ResNet18 | None, random_seed: int, device: t
         raise UserError(f"{path}: a checkpoint, which a run resumes from, and not a model")
     values = dict(_values_by_name(stored))
     pattern = re.compile(r"(?:.*\.)?(?<!layer\d\.\d\.)conv1\.weight")  # of a network, not of its blocks
-    starts = [name.removesuffix("conv1.weight") for name in values if pattern.fullmatch(name)] or [""]
+    starts = [name.removesuffix("conv1.weight") for name in values if pattern.fullmatch(name)]
+    if not starts:
+        items = [f"{key} ({type(value).__name__})" for key, value in stored.items()]
+        found = ", ".join(items[:5]) + ", ..." * (len(items) > 5) or "nothing"
+        raise UserError(f"{path}: no network was found in this file, since conv1.weight is not there; it holds {found}")
     if len(starts) > 1:
         names = ", ".join(f"{start}*" for start in starts)
         raise UserError(f"{path}: holds {len(starts)} networks ({names}); store the one to be analysed alone")
@@ -341,6 +345,7 @@ def load_model(path: Path, network: ResNet18 | None, random_seed: int, device: t
             raise UserError(f"{path}: a model of another network; conv1.weight is {_shape(first)}, not (width, 3, 3, 3)")
         network = build_network(random_seed, width=len(first)).to(device, memory_format=torch.channels_last)
     expected = network.state_dict()
+    state = {name: value for name, value in state.items() if name in expected or isinstance(value, Tensor)}  # no epoch, say
     for name in [*expected, *state]:
         mine, value = expected.get(name), state.get(name)
         if _shape(mine) != _shape(value):

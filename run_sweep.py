@@ -11,6 +11,7 @@ cannot be carried out, and that of the signal (Ctrl-C: 130) if one stopped the s
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -145,9 +146,12 @@ def sweep_locks(experiments: Sequence[Experiment]) -> Iterator[None]:
 
 
 def fetch_data(experiments: Sequence[Experiment]) -> None:
-    """Download CIFAR-100 if it is needed and not there, before any run waits for it. Raises UserError."""
+    """Download CIFAR-100 if it is needed and not there, before any run waits for it. Raises UserError.
+
+    Files with the right names will do: every run checks what is in them, and fetches them again if they are damaged.
+    """
     for data_path in {experiment.config.data_path for experiment in experiments if experiment.config.dataset == "cifar100"}:
-        if not all(Path(data_path, "cifar-100-python", name).is_file() for name in ("train", "test", "meta")):
+        if not all(os.path.isfile(Path(data_path, "cifar-100-python", name)) for name in ("train", "test", "meta")):
             from incremental_cifar.cifar100 import fetch_cifar100  # here only: it takes seconds to import
 
             fetch_cifar100(Path(data_path))

@@ -9,6 +9,7 @@ Letters in the shapes: n images, k images per class, h and w positions.
 """
 
 import contextlib
+import os
 import pickle
 import urllib.request
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from incremental_cifar.command_line import warn
 from incremental_cifar.config import NUM_CLASSES, TEST_IMAGES_PER_CLASS, TRAIN_IMAGES_PER_CLASS, UserError
-from incremental_cifar.safe_files import lock
+from incremental_cifar.safe_files import lock, share
 
 IMAGE_SIZE = 32  # height and width
 PIXELS = IMAGE_SIZE * IMAGE_SIZE
@@ -55,10 +56,20 @@ def fetch_cifar100(data_path: Path) -> Path:
     from torchvision.datasets import CIFAR100
     from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
+    files = [*CIFAR100.train_list, *CIFAR100.test_list, (CIFAR100.meta["filename"], CIFAR100.meta["md5"])]
+    folder, archive = data_path / CIFAR100.base_folder, data_path / CIFAR100.filename
+
+    def is_whole(path: Path, md5: str) -> bool:
+        try:
+            os.stat(path)
+        except PermissionError:  # check_integrity takes that for a file that is not there
+            raise
+        except OSError:
+            return False
+        return check_integrity(path, md5)
+
     def whole_folder() -> Path | None:
-        files = [*CIFAR100.train_list, *CIFAR100.test_list, (CIFAR100.meta["filename"], CIFAR100.meta["md5"])]
-        folders = (data_path / CIFAR100.base_folder, data_path)
-        return next((folder for folder in folders if all(check_integrity(folder / name, md5) for name, md5 in files)), None)
+        return next((place for place in (folder, data_path) if all(is_whole(place / name, md5) for name, md5 in files)), None)
 
     def fetch(wait: bool) -> str | None:
         """Download and unpack what is not there, or else return who is doing so."""
@@ -66,31 +77,41 @@ def fetch_cifar100(data_path: Path) -> Path:
             if holder is None:
                 try:
                     if not whole_folder():
-                        download_and_extract_archive(CIFAR100.url, str(data_path), filename=CIFAR100.filename, md5=CIFAR100.tgz_md5)
+                        download_and_extract_archive(CIFAR100.url, str(data_path), filename=archive.name, md5=CIFAR100.tgz_md5)
+                        for path in (archive, folder, *folder.iterdir()):
+                            share(path, path.parent)
                 finally:
                     lock_file.unlink(missing_ok=True)
         return holder
 
-    if folder := whole_folder():
-        return folder
-    new_folders = [path for path in (data_path, *data_path.parents) if not path.exists()]
+    new_folders = [path for path in (data_path, *data_path.parents) if not os.path.exists(path)]
     lock_file = data_path / f".{CIFAR100.base_folder}.lock"
     try:
+        if place := whole_folder():
+            return place
         if holder := fetch(wait=False):
             warn(f"{data_path}: CIFAR-100 is being fetched into this folder by {holder}; waiting for it")
             fetch(wait=True)
-        if folder := whole_folder():
-            return folder
+        if place := whole_folder():
+            return place
         raise RuntimeError("what was unpacked is not what it should be")
     except Exception as error:  # network, proxy, archive and file system raise many kinds
         with contextlib.suppress(OSError):
             for path in new_folders:
                 path.rmdir()  # made for the download; it stays if something was put there
+        if isinstance(error, PermissionError) and error.filename:
+            raise UserError(
+                f"{error.filename}: no permission for this file of CIFAR-100, or for a folder above it; its owner can give it, or set "
+                "data_path to another folder"
+            ) from None
+        if isinstance(error, UserError):  # there can be no lock, and so no other file
+            raise UserError(f"{data_path}: CIFAR-100 is not there, and cannot be put there: {error}") from None
         through = " through the proxy set in the environment" if "https" in urllib.request.getproxies() else ""
+        is_damaged = archive.is_file() and not check_integrity(archive, CIFAR100.tgz_md5)
+        what = f"{archive} is damaged," if is_damaged else "CIFAR-100 is not there, or not whole,"
         raise UserError(
-            f"{data_path / CIFAR100.base_folder}: CIFAR-100 is not there, or not whole, and could not be downloaded{through} "
-            f"({str(error) or type(error).__name__}); put the files train, test and meta of {CIFAR100.filename} into this folder, or set "
-            "data_path to where they are"
+            f"{folder}: {what} and could not be downloaded{through} ({str(error) or type(error).__name__}); put the files train, test and "
+            f"meta of {archive.name} into this folder, or set data_path to where they are"
         ) from None
 
 

@@ -23,13 +23,13 @@ BLOCKS_PER_STAGE = (2, 2, 2, 2)
 class Downsample(nn.Conv2d):
     """The shortcut's 1x1 convolution with a stride: it sees one row and one column of its input in `stride`.
 
-    On a CPU these are picked first and then convolved without a stride, which gives the same numbers. oneDNN's own strided one (3.10, in
-    PyTorch 2.11 to 2.14) writes past its buffers in the weight gradient, or computes a wrong one, where channels are few: fewer than 16
-    with AVX-512, than 8 with AVX2.
+    On a CPU oneDNN's strided one (3.10, in PyTorch 2.11 to 2.14) writes past its buffers in the weight gradient, or computes a wrong one,
+    where channels do not fill its blocks of 16 (with AVX2: of 8). There the rows and columns are picked first and convolved without a
+    stride: the same numbers, but longer for the widths at which all blocks are full.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or self.in_channels % 16 == 0:
             return super().forward(x)
         vertical, horizontal = self.stride
         return F.conv2d(x[:, :, ::vertical, ::horizontal], self.weight, self.bias)

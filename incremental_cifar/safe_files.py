@@ -87,10 +87,21 @@ def _reason(error: OSError, path: Path) -> str:
     """Why a file cannot be written: what stands in the place of a folder above it, or else the error."""
     for folder in reversed(path.parents):
         if os.path.lexists(folder) and not os.path.isdir(folder):
-            if not os.path.exists(folder):
-                return f"{folder} is a link to {os.readlink(folder)}, which is not there; make that folder, or remove the link"
-            return f"{folder.name} is not a folder"
+            return broken_link(folder) or f"{folder.name} is not a folder"
     return error.strerror or str(error)
+
+
+def broken_link(path: Path) -> str:
+    """What is wrong with a link that leads nowhere; empty for everything else."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if os.path.islink(path):
+            if error.errno == errno.ELOOP:
+                return f"{path} is a link that leads back to itself; remove it"
+            remedy = "which is not there; make that folder, or remove the link" if error.errno == errno.ENOENT else f"({error.strerror})"
+            return f"{path} is a link to {os.readlink(path)}, {remedy}"
+    return ""
 
 
 def check_destinations(*paths: Path) -> None:
@@ -150,8 +161,8 @@ def lock(path: Path, wait: bool = False) -> Iterator[str | None]:
     Its holder may delete the file. Raises UserError if it cannot be written.
     """
     me = f"host {socket.gethostname()}, process {os.getpid()}, since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
-    if numbering := _numbering():
-        me += f"; {numbering}, start {_start_of('self')}"
+    if identity := process_identity(os.getpid()):
+        me += f"; {identity}"
     try:
         descriptor, holder = _open_and_lock(path, wait)
     except OSError as error:
@@ -297,8 +308,8 @@ def _owner(path: Path) -> str | None:
 
 def _is_gone(text: str) -> bool:
     """Whether it is certain that the process that wrote this text of a lock has ended: its number is nobody's, or another's."""
-    match = re.match(r"host .+, process (\d+), since [^;]*; (.+), start (\d+)$", text)
-    if match is None or match[2] != _numbering():
+    match = re.match(r"host .+, process (\d+), since [^;]*; ((.+), start \d+)$", text)
+    if match is None or match[3] != _numbering():
         return False
     try:
         os.kill(int(match[1]), 0)
@@ -306,7 +317,17 @@ def _is_gone(text: str) -> bool:
         return True
     except OSError:
         pass  # another user's process
-    return _start_of(match[1]) not in (match[3], "")
+    return process_identity(int(match[1])) not in (match[2], "")
+
+
+def process_identity(process: int) -> str:
+    """What a process alone has, of all that ever have its number, here or elsewhere; empty if it has ended, or that cannot be seen."""
+    numbering = _numbering()
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()  # from the third on: proc(5)
+        return f"{numbering}, start {fields[19]}" if numbering and fields[0] not in "ZX" else ""
+    except (OSError, IndexError):
+        return ""
 
 
 def _numbering() -> str:
@@ -316,12 +337,4 @@ def _numbering() -> str:
             return ""
         return f"boot {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}, {os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return ""
-
-
-def _start_of(process: str) -> str:
-    """When a process was started, in the system's own count; empty if that cannot be seen."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]  # field 22, says proc(5)
-    except (OSError, IndexError):
         return ""

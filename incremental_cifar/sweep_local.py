@@ -30,7 +30,7 @@ from typing import IO, NamedTuple
 
 from incremental_cifar.command_line import SECONDS_OF_ONE_SIGNAL, STOP_SIGNALS, warn
 from incremental_cifar.config import UserError
-from incremental_cifar.safe_files import lock_holder
+from incremental_cifar.safe_files import lock_holder, process_identity
 from incremental_cifar.sweep_plan import Experiment, Job, make_jobs
 from incremental_cifar.sweep_status import (
     FAILED,
@@ -48,6 +48,7 @@ from incremental_cifar.sweep_status import (
     read_record,
     read_status,
     seconds_left,
+    started_process,
     status_table,
     sweep_lock_file,
     update_record,
@@ -58,6 +59,7 @@ from incremental_cifar.sweep_status import (
 SECONDS_BETWEEN_LOOKS = 1.0  # at the progress of what runs
 SECONDS_BETWEEN_LINES = 60.0  # that say how far everything is, where the output is not a terminal
 LINES_OF_A_FAILED_LOG = 5
+HIDES_GPUS = ("", "-1", "none", "NoDevFiles")  # in CUDA_VISIBLE_DEVICES, on purpose
 # What it means that a signal ended a process, where the signal's name does not say so.
 MEANINGS = {
     signal.SIGABRT: "a library gave up",
@@ -86,7 +88,10 @@ def visible_gpus() -> list[str]:
     """The GPUs of this machine as CUDA_VISIBLE_DEVICES names them, by number or UUID; only those in it, if it is set."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         names = [name.strip() for name in visible.split(",")]
-        return list(itertools.takewhile(re.compile(r"\d+$|(GPU|MIG)-\S+$").match, names))  # CUDA too passes over what follows another
+        gpus = list(itertools.takewhile(re.compile(r"\d+$|(GPU|MIG)-\S+$").match, names))  # CUDA too passes over what follows another
+        if (other := "".join(names[len(gpus) : len(gpus) + 1])) not in HIDES_GPUS:
+            warn(f'CUDA_VISIBLE_DEVICES: "{other}" is no number or UUID of a GPU; it hides itself and the GPUs after it')
+        return list(dict.fromkeys(gpus))
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     try:
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
@@ -439,6 +444,7 @@ class _Runs:
                 log=log,
                 host=socket.gethostname(),
                 process=process,
+                identity=process_identity(process),
                 place=place.name,
                 reason="",
             )
@@ -512,8 +518,8 @@ class _Runs:
         self.elsewhere.append(run)
         record = read_record(experiment, index)
         holder = working_process(experiment, index) or ""
-        process = record.get("process")
-        if record.get("host") == socket.gethostname() and holder.startswith(f"host {record['host']}, process {process},"):
+        process = started_process(record)
+        if process and holder.startswith(f"host {record.get('host')}, process {process},"):
             self.workers.adopted[process] = str(record.get("place"))
         self.display.say(f"runs      {experiment.name} index {index} already: {holder}")
 
@@ -535,7 +541,7 @@ class _Runs:
                 self._look(run)
         if again:
             self._enqueue(again)
-        held = {read_record(*run).get("process") for run in self.elsewhere}
+        held = {started_process(read_record(*run)) for run in self.elsewhere}
         for process in list(self.workers.adopted):
             if process not in held:
                 del self.workers.adopted[process]

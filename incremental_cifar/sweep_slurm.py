@@ -212,7 +212,8 @@ class Request(NamedTuple):
     @property
     def has_gpu(self) -> bool:
         """Whether it asks for GPUs: --gpus, --gpus-per-..., --gres=gpu:..., --tres-per-...=gres/gpu:..."""
-        return any(re.match("gpus|(gres|tres).*=.*gpu", f"{key}={value}") for key, value in self.options.items())
+        parts = [f"{key}={part}" for key, value in self.options.items() for part in str(value).split(",")]
+        return any(re.match(r"(gpus|(gres|tres-[\w-]+)=(gres[/:])?gpu\b)(?!.*[:=]0+$)", part) for part in parts)
 
 
 def parse_request(texts: Sequence[str], signal_before: int) -> Request:

@@ -13,7 +13,6 @@ import datetime
 import json
 import os
 import re
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
@@ -21,8 +20,8 @@ from typing import IO, Any, NamedTuple, Protocol
 import numpy as np
 
 from incremental_cifar.config import Config
-from incremental_cifar.safe_files import lock_holder, make_folder, read_note, share, write_file
-from incremental_cifar.sweep_plan import EXPERIMENT_SCRIPT, Experiment
+from incremental_cifar.safe_files import lock_holder, make_folder, process_identity, read_note, share, write_file
+from incremental_cifar.sweep_plan import Experiment
 
 FINISHED, RUNNING, QUEUED, FAILED, STOPPED, NEVER = "finished", "running", "queued", "failed", "stopped", "never started"
 STATES = (FINISHED, RUNNING, QUEUED, FAILED, STOPPED, NEVER)
@@ -35,6 +34,8 @@ HEADING = "=== "  # begins the lines that a sweep writes into a log
 BAR = re.compile(r"[^\r]*\| [\d:]+, [\d:?]+ left(?:, epoch \d+, test accuracy \d\.\d{3})?")
 # What an exception, the interpreter or the C++ library says went wrong, before lines that say where.
 RAISED = re.compile(r"^Traceback .*\n(?: .*\n)*(\S.*)|^(Fatal Python error: .*)|^  what\(\): (.*)", re.MULTILINE)
+# What a run says while nothing is wrong.
+ORDINARY = re.compile(r"(index \d+: )?(Resuming index \d|Epoch \d+/\d|\tstep \d|Index \d+ is finished)")
 
 
 class Status(NamedTuple):
@@ -85,18 +86,14 @@ def working_process(experiment: Experiment, index: int) -> str | None:
     if holder is not None:
         return holder
     record = read_record(experiment, index)
-    host, process = record.get("host"), record.get("process")
-    if host == socket.gethostname() and isinstance(process, int) and _is_our_script(process):
-        return f"host {host}, process {process}, starting"
-    return None
+    process = started_process(record)
+    return f"host {record.get('host')}, process {process}, starting" if process else None
 
 
-def _is_our_script(process: int) -> bool:
-    """Whether a process of this machine runs the experiment's script, and is not an ended one's successor in its number (Linux)."""
-    try:
-        return EXPERIMENT_SCRIPT.name.encode() in Path(f"/proc/{process}/cmdline").read_bytes()
-    except OSError:
-        return False
+def started_process(record: Mapping[str, Any]) -> int | None:
+    """The number of the process that a sweep started for a run, if it is there: that one, and no other with its number (Linux)."""
+    process, identity = record.get("process"), record.get("identity")
+    return process if identity and identity == process_identity(process) else None
 
 
 # --- The state of a run ----------------------------------------------------------------------------------------------------------
@@ -221,6 +218,7 @@ def failure_text(reason: str, log: Path, index: int | None = None) -> str:
     mine = [line for line in lines if line.startswith(f"error: index {index}: ")]
     others = [line for line in lines if not re.match(r"error: index \d+: ", line)]
     errors = [line for line in others if line.startswith("error: ")]
+    others = [line for line in others if not ORDINARY.match(line)]
     raised = ["".join(groups).strip() for groups in RAISED.findall("\n".join(others))]
     return ": ".join(filter(None, [reason, *(mine or errors or raised or others)[-1:]]))
 

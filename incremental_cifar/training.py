@@ -51,9 +51,10 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", torch.device(name).index or 0)
     if device.index >= torch.cuda.device_count():
+        remedy = "device=cuda:0" if torch.cuda.device_count() else "a GPU, a driver and a PyTorch that go together"
         raise UserError(
-            f'device: "{name}" is not here, PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA GPUs; use device=cpu or '
-            "device=auto"
+            f'device: "{name}" is not here, PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA GPUs; use device=cpu, or '
+            f"{remedy}"
         )
     capability = torch.cuda.get_device_capability(device)
     oldest = min((int(arch.removeprefix("sm_").rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")), default=0)
@@ -227,13 +228,13 @@ class TrainingStep:
 
     def learn_from_batch(self, images: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The part of a step that is the same in every step, on the device alone: all of it can be recorded."""
-        self.optimizer.zero_grad()
         if self.half is not None:
             self.half.refresh()
             images = images.bfloat16()
         logits, features = self.forward(images)  # (n, 100), and what the hidden layers put out
         logits = logits.float() + mask
         loss = F.cross_entropy(logits, labels)
+        self.optimizer.zero_grad()
         loss.backward()
         if self.half is not None:
             self.half.pass_gradients_on()

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from incremental_cifar.config import REPOSITORY, SIZE_KEYS, Config, UserError, read_sizes, read_stored, whole_path
+from incremental_cifar.safe_files import broken_link
 
 # The paper's algorithms by the names of their folders, in the order of legends.
 ALGORITHM_LABELS = {
@@ -195,7 +196,9 @@ def read_runs(results_dir: Path, metric: Metric, algorithms: Sequence[str] | Non
     network's runs come along unasked. Raises UserError naming the folder or the file that cannot be used.
     """
     if not os.path.isdir(results_dir):
-        raise UserError(f"{results_dir}: no such folder; --results_dir names the folder that holds one folder per algorithm")
+        raise UserError(
+            broken_link(results_dir) or f"{results_dir}: no such folder; --results_dir names the folder that holds one folder per algorithm"
+        )
     if os.path.isdir(results_dir / metric.folder) or os.path.isdir(results_dir / "config_files"):
         raise UserError(f"{results_dir}: this folder is one algorithm's; --results_dir names the one above it, {results_dir.parent}")
     if algorithms is None:
@@ -217,7 +220,7 @@ def _indices(results_dir: Path, algorithm: str, metric: Metric) -> list[int]:
     folder = results_dir / algorithm / metric.folder
     for path in (folder.parent, folder):
         if os.path.lexists(path) and not os.path.isdir(path):
-            raise UserError(f"{path}: expected a folder here")
+            raise UserError(broken_link(path) or f"{path}: expected a folder here")
     try:
         names = os.listdir(folder) if os.path.isdir(folder) else []
     except OSError as error:

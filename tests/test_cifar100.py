@@ -204,10 +204,58 @@ def test_a_proxy_with_an_impossible_name_is_one_line(tmp_path, monkeypatch):
         load_images("cifar100", str(tmp_path))
 
 
-def test_a_data_path_that_links_to_nothing_is_named(tmp_path):
-    (tmp_path / "data").symlink_to(tmp_path / "gone")
-    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'data'} is a link to {tmp_path / 'gone'}, which is not there; make that")):
-        load_images("cifar100", str(tmp_path / "data"))
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("gone", "{data} is a link to gone, which is not there; make that folder, or remove the link"),
+        ("data", "{data} is a link that leads back to itself; remove it"),
+        (None, "data is not a folder"),
+    ],
+)
+def test_a_data_path_that_cannot_be_a_folder_is_named(target, reason, tmp_path):
+    data = tmp_path / "data"
+    data.write_bytes(b"") if target is None else data.symlink_to(target)
+    with pytest.raises(UserError, match=re.escape(f"({reason.format(data=data)})") + "$") as error:
+        load_images("cifar100", str(data))
+    assert str(error.value).startswith(f"{data}: CIFAR-100 is not there, and cannot be put there: ")
+
+
+@pytest.mark.parametrize("closed", ["cifar-100-python", "cifar-100-python/meta"])
+def test_images_that_must_not_be_read_are_not_called_missing(closed, small_cifar100, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", no_network)
+    folder, _ = small_cifar100
+    (folder / closed).chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(54321)
+        with pytest.raises(UserError, match=rf"^{folder}/cifar-100-python/\w+: no permission for this file of CIFAR-100"):
+            load_images("cifar100", str(folder))
+    finally:
+        os.seteuid(user)
+        (folder / closed).chmod(0o700)
+
+
+def test_unpacked_images_are_the_groups_too_whatever_the_umask(small_archive, monkeypatch):
+    folder = small_archive[0]
+    folder.chmod(0o2775)
+    md5 = hashlib.md5((folder / "cifar-100-python.tar.gz").read_bytes()).hexdigest()
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "tgz_md5", md5)
+    umask = os.umask(0o077)
+    try:
+        load_images("cifar100", str(folder))
+    finally:
+        os.umask(umask)
+    modes = {path.name: path.stat().st_mode & 0o070 for path in (folder / "cifar-100-python", *folder.glob("cifar-100-python/*"))}
+    assert modes == {"cifar-100-python": 0o070, "train": 0o060, "test": 0o060, "meta": 0o060}
+
+
+def test_a_damaged_archive_is_named(small_archive, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", no_network)
+    archive = small_archive[0] / "cifar-100-python.tar.gz"
+    archive.write_bytes(archive.read_bytes()[:1000])
+    with pytest.raises(UserError, match=re.escape(f"{archive} is damaged, and could not be downloaded (")):
+        load_images("cifar100", str(archive.parent))
 
 
 def no_network(*args, **kwargs):

@@ -537,6 +537,38 @@ def test_nothing_of_the_users_gets_into_figures(case, drawn):
     assert len(files) == (4 if command is PAPER_FIGURE else 1) and files == drawn(command)
 
 
+@pytest.mark.parametrize("first", ["os", "matplotlib"])
+def test_a_process_that_imports_the_plots_stays_as_it_is(first, tmp_path):
+    """Also a notebook's, which has imported Matplotlib before."""
+    (tmp_path / "matplotlibrc").write_text("font.size: 3\n")
+    variables = {"MPLBACKEND": "svg", "MATPLOTLIBRC": str(tmp_path / "own")}
+    (tmp_path / "own").write_text("")
+    code = f"""
+import {first}, logging, os, sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+def state():
+    return dict(os.environ), os.getcwd(), {"logging.getLogger('matplotlib').level, dict(matplotlib.rcParams)" if first != "os" else None}
+before, moves, chdir = state(), [], os.chdir
+os.chdir = lambda folder: moves.append(folder) or chdir(folder)
+import plots.drawing
+assert state() == before and (not moves or {first!r} == "os"), moves
+"""
+    environment = os.environ | variables
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"), [("gone", "is a link to gone, which is not there; make that folder"), ("results", "is a link that leads back to")]
+)
+def test_a_folder_of_results_that_is_a_broken_link_is_named(target, reason, tmp_path, capsys):
+    link = tmp_path / "results"
+    link.symlink_to(target)
+    assert run_script(plot_paper_figure.main, ["--results_dir", str(link), "--output-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {link} {reason}") and error.count("\n") == 1
+
+
 # --- The paper's figure --------------------------------------------------------------------------------------------------------------
 
 

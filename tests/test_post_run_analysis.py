@@ -427,6 +427,7 @@ def test_results_in_the_released_layout_are_analysed(tmp_path, monkeypatch, caps
         lambda state: {"checkpoint": {"model_state_dict": state, "loss": [0.5]}},
         lambda state: {"network": state, "epoch": 4, "scheduler": None},
         lambda state: {**state, "ema": None},
+        lambda state: {**state, "epoch": 4, "loss": [0.5], "config": {"name": "x"}},
     ],
 )
 def test_models_of_wrapped_networks_are_those_networks(wrap, experiment):
@@ -545,7 +546,19 @@ BAD_FOLDERS = {
         lambda f: change_model(f, lambda s: {k: v.half() for k, v in s.items()}),
         "a model in another precision; conv1.weight is (2, 3, 3, 3) of float16, expected (2, 3, 3, 3) of float32",
     ),
-    "model with a number": (lambda f: change_model(f, lambda s: {**s, "epoch": 4}), "epoch is no plain tensor, expected not there"),
+    "model with a number in a layer's place": (
+        lambda f: change_model(f, lambda s: {**s, "fc.bias": 4}),
+        "fc.bias is no plain tensor, expected (100,)",
+    ),
+    "models in a list": (
+        lambda f: change_model(f, lambda s: {"models": [s], "epoch": 3}),
+        "no network was found in this file, since conv1.weight is not there; it holds models (list), epoch (int)",
+    ),
+    "model too deep": (
+        lambda f: change_model(f, lambda s: {"a": {"b": {"c": {"d": s}}}, **dict.fromkeys("efghi", 1)}, 0),
+        "no network was found in this file, since conv1.weight is not there; it holds a (dict), e (int), f (int), g (int), h (int), ...",
+    ),
+    "model is an empty dict": (lambda f: change_model(f, lambda s: {}), "conv1.weight is not there; it holds nothing"),
     "sparse model": (
         lambda f: change_model(f, lambda s: {**s, "fc.bias": s["fc.bias"].to_sparse()}),
         "fc.bias is no plain tensor, expected",

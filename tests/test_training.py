@@ -355,7 +355,7 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert choose_device("auto") == choose_device("cpu") == CPU
-    with pytest.raises(UserError, match="sees 0 CUDA GPUs"):
+    with pytest.raises(UserError, match=r"sees 0 CUDA GPUs; use device=cpu, or a GPU, a driver and a PyTorch that go together$"):
         choose_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -364,7 +364,7 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert choose_device("auto") == choose_device("cuda") == torch.device("cuda:0")
     assert choose_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(UserError, match='"cuda:2" is not here'):
+    with pytest.raises(UserError, match=r'"cuda:2" is not here, .* sees 2 CUDA GPUs; use device=cpu, or device=cuda:0$'):
         choose_device("cuda:2")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     with pytest.raises(UserError, match=r"Some GPU has compute capability 6\.1, and PyTorch .* needs 7\.5"):
