@@ -42,6 +42,7 @@ from incremental_cifar.cifar100 import ImageSet, load_images
 from incremental_cifar.command_line import (
     OneLineArgumentParser,
     StopRequest,
+    is_memory_full,
     memory_errors,
     parse_indices,
     run_script,
@@ -65,7 +66,7 @@ from incremental_cifar.config import (
 from incremental_cifar.continual_backprop import ContinualBackprop
 from incremental_cifar.learning_curves import METRICS, STEPS_PER_WINDOW, LearningCurves, array_lengths
 from incremental_cifar.resnet import ResNet18, build_network, initialise
-from incremental_cifar.run_files import RunFiles
+from incremental_cifar.run_files import RESTART, RunFiles
 from incremental_cifar.seeds import Purpose, draw_class_order, experiment_seed, generator_for
 from incremental_cifar.training import (
     EvaluationStep,
@@ -270,7 +271,7 @@ class IncrementalCIFARExperiment(Experiment):
         missing = [self.files.model_file(epoch) for epoch in epochs if not self.files.has_model(epoch)]
         if missing and not self.without_models:
             raise UserError(
-                f"{missing[0]}: this model was deleted while the run was in progress; restore it, or go on without it by "
+                f"{missing[0]}: this model is not there any more; restore it, or go on without it by "
                 "incremental_cifar_experiment.py --without-models"
             )
         if missing != self.models_gone:
@@ -357,7 +358,8 @@ class IncrementalCIFARExperiment(Experiment):
                 f"{self.files.checkpoint_folder}: the newest checkpoint of index {self.run_index} is of a run with other settings"
                 + (f": {described_differences(keys, there, mine)}" if there else "")
             )
-        before, here = self.environment if is_new else checkpoint.get("environment", {}), self.environment
+        before, here = self.environment if is_new else checkpoint.get("environment"), self.environment
+        before = before if isinstance(before, dict) else {}
         if is_new or not self.files.config_file.exists():
             self.files.save_config(self.config, before)
         if is_new or not self.files.array_file("class_order").exists():
@@ -366,9 +368,18 @@ class IncrementalCIFARExperiment(Experiment):
             self.files.save_model(0, self.network)
         if is_new:
             return 0
-        epoch = checkpoint["epoch"]
-        self.check_models(epoch)
-        self.load_checkpoint(checkpoint)
+        try:
+            epoch = checkpoint["epoch"]
+            self.check_models(epoch)
+            self.load_checkpoint(checkpoint)
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            if is_memory_full(error):
+                raise
+            raise UserError(
+                f"{self.files.checkpoint_folder}: the newest checkpoint of index {self.run_index} does not fit this code "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); resume it with the code that wrote it (commit "
+                f"{before.get('commit')}), or begin it anew by {RESTART}"
+            ) from None
         self.store_curves(epoch)
         self.files.add_resumption(epoch, here)
         if change := changed_code(before, here):

@@ -204,8 +204,8 @@ def choose_indices(folder: Path, wanted: str | None) -> list[int]:
         warn(f"{what}; the others are analysed")
     if not finished:
         raise UserError(
-            f"{folder}: no run is finished yet; unfinished: {_listed(stored_indices)}; name them to analyse them as far as they are, as in "
-            f"--experiment-index {stored_indices[0]}"
+            f"{folder}: no run is listed as finished; there are models of {_listed(stored_indices)}; name them to analyse what is there, as "
+            f"in --experiment-index {stored_indices[0]}"
         )
     return with_models
 
@@ -228,10 +228,12 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def stored_models(folder: Path) -> dict[int, set[int]]:
-    """The epochs of the models stored in an experiment's folder, by index."""
+    """The epochs of the models stored in an experiment's folder, by index. One of 0 bytes, as a broken copy leaves it, is none."""
     epochs: dict[int, set[int]] = {}
     models = folder / "model_parameters"
     for name in os.listdir(models) if models.is_dir() else []:
+        if (models / name).is_file() and (models / name).stat().st_size == 0:
+            continue
         if match := re.fullmatch(r"index-(0|[1-9][0-9]*)_epoch-(0|[1-9][0-9]*)\.pt", name):
             epochs.setdefault(int(match[1]), set()).add(int(match[2]))
     return epochs

@@ -177,7 +177,7 @@ class RunFiles:
             left += [path for epoch, path in self.models() if epoch > first_checkpoint]
         if left and not self.checkpoints():
             raise UserError(
-                f"{left[0]}: a run of index {self.index} is in progress here and cannot be resumed, since {reason}, or begin it anew "
+                f"{left[0]}: a run of index {self.index} was begun here and cannot be resumed, since {reason}, or begin it anew "
                 f"by {RESTART}, which deletes what is here of it"
             )
 

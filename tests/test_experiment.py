@@ -345,7 +345,7 @@ def test_a_signal_at_any_moment_is_honoured_with_a_checkpoint(tmp_path, monkeypa
         ("config_files", {"stepsize": 0.3}, "is of a run with other settings: stepsize (0.1 there, 0.3 here)"),
         ("config_files", {"network_width": 3}, "is of a run with other settings"),
         ("config_files", {"use_cbp": True, "replacement_rate": 0.1, "maturity_threshold": 3}, "is of a run with other settings"),
-        ("model_parameters", {}, "index-0_epoch-4.pt: this model was deleted while the run was in progress"),
+        ("model_parameters", {}, "index-0_epoch-4.pt: this model is not there any more"),
         ("config_files", {}, ""),
         ("class_order", {}, ""),
     ],
@@ -448,7 +448,7 @@ def test_a_run_that_cannot_be_resumed_is_not_overwritten(change, named, reason, 
     before = everything_in(results)
     assert start(results) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"{named}: a run of index 0 is in progress" in error and reason in error and "--restart" in error
+    assert error.count("\n") == 1 and f"{named}: a run of index 0 was begun here" in error and reason in error and "--restart" in error
     assert everything_in(results) == before
 
 
@@ -518,7 +518,7 @@ def test_what_has_not_all_its_arrays_and_models_is_not_taken_for_finished(tmp_pa
     delete("experiment_indices.npy", "model_parameters/index-0_epoch-8.pt", "experiment_checkpoints/*")(folder)
     arguments = tiny_arguments(BASE, tmp_path)
     assert run_script(script_module.main, arguments) == 2
-    assert "index-0_epoch-8.pt: this model was deleted" in capsys.readouterr().err
+    assert "index-0_epoch-8.pt: this model is not there" in capsys.readouterr().err
     assert run_script(script_module.main, [*arguments, "--without-models"]) == 0
     delete("experiment_indices.npy")(folder)
     np.save(folder / "test_loss_per_epoch" / "index-0.npy", np.zeros(11, dtype=np.float32))
@@ -560,7 +560,7 @@ def test_models_that_are_gone_are_noticed_when_a_run_is_resumed(content, results
     monkeypatch.setattr(script_module.IncrementalCIFARExperiment, "train", lambda *_: pytest.fail("an epoch was trained"))
     assert start(results) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and "index-0_epoch-4.pt: this model was deleted" in error
+    assert error.startswith("error: ") and "index-0_epoch-4.pt: this model is not there" in error
     assert error.endswith("go on without it by incremental_cifar_experiment.py --without-models")
     monkeypatch.undo()
     assert start(results, "--without-models") == 0
@@ -631,6 +631,19 @@ def test_a_checkpoint_of_another_version_is_resumed(results, uninterrupted):
     rewrite_checkpoint(results, change)
     assert start(results) == 0
     assert stored_results(results / BASE) == stored_results(uninterrupted(BASE))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("network", {"conv1.weight": torch.zeros(1)}), ("curves", []), ("epoch", "six"), ("momentum", [torch.zeros(1)])]
+)
+def test_a_checkpoint_that_does_not_fit_the_code_is_one_line(results, key, value, capsys):
+    """As after a change of the network; what is there stays."""
+    rewrite_checkpoint(results, lambda checkpoint: checkpoint.update({key: value, "environment": []}))
+    before = stored_results(results / BASE)
+    assert start(results) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: "))
+    assert "the newest checkpoint of index 0 does not fit this code (" in line and "--restart" in line
+    assert stored_results(results / BASE) == before
 
 
 def test_a_metric_that_a_run_did_not_have_from_its_start_is_missing_before(results):

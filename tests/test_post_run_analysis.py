@@ -321,7 +321,7 @@ def test_runs_are_chosen_by_index_and_the_others_left_alone(experiment, capsys):
     (experiment / "experiment_indices.npy").unlink()
     capsys.readouterr()
     assert analyse(experiment) == 2
-    assert "no run is finished yet; unfinished: 0, 1, 2" in capsys.readouterr().err
+    assert "no run is listed as finished; there are models of 0, 1, 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("gone", [(4,), (0, 8), (12,)])
@@ -332,6 +332,8 @@ def test_models_that_are_gone_leave_the_others_to_be_analysed(gone, experiment, 
     for folder in (experiment, experiment.parent / "whole"):
         for epoch in gone:
             model(folder, epoch).unlink()
+            if epoch == 4:
+                model(folder, epoch).touch()  # of 0 bytes, as a broken copy leaves it
     capsys.readouterr()
     assert analyse(experiment) == 0
     warnings = capsys.readouterr().err.splitlines()
@@ -494,7 +496,7 @@ def model(folder, epoch):
 BAD_FOLDERS = {
     "no folder": (lambda f: shutil.rmtree(f), "no such folder"),
     "no models": (lambda f: shutil.rmtree(f / "model_parameters"), "no stored models"),
-    "nothing finished": (lambda f: (f / "experiment_indices.npy").unlink(), "unfinished: 0; name them"),
+    "nothing finished": (lambda f: (f / "experiment_indices.npy").unlink(), "there are models of 0; name them"),
     "list of finished runs damaged": (lambda f: (f / "experiment_indices.npy").write_bytes(b"\x93NUMPY"), "experiment_indices.npy"),
     "list of finished runs is a pipe": (lambda f: make_pipe(f / "experiment_indices.npy"), "there is something else in the place of"),
     "list of finished runs with -1": (lambda f: save_indices(f, [0, -1]), "experiment_indices.npy: the list of finished runs names -1;"),
@@ -509,7 +511,6 @@ BAD_FOLDERS = {
     "model is a pipe": (lambda f: make_pipe(model(f, 8)), "index-0_epoch-8.pt: this model is not a file"),
     "model truncated": (lambda f: truncate(model(f, 8)), "index-0_epoch-8.pt: this model cannot be read"),
     "model is text": (lambda f: model(f, 8).write_text("hello"), "index-0_epoch-8.pt: this model cannot be read"),
-    "model is empty": (lambda f: model(f, 0).write_bytes(b""), "index-0_epoch-0.pt: this model cannot be read"),
     "model is a list": (lambda f: change_model(f, lambda state: list(state.values())), "not a state dict"),
     "model is a checkpoint": (
         lambda f: shutil.copy(f / "experiment_checkpoints" / "index-0_epoch-12.pt", model(f, 8)),
