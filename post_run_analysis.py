@@ -204,8 +204,8 @@ def choose_indices(folder: Path, wanted: str | None) -> list[int]:
         warn(f"{what}; the others are analysed")
     if not finished:
         raise UserError(
-            f"{folder}: no run is listed as finished; there are models of {_listed(stored_indices)}; name them to analyse what is there, as "
-            f"in --experiment-index {stored_indices[0]}"
+            f"{folder}: no run is listed as finished; there are models of {_listed(stored_indices)}; name them, to analyse what is "
+            f"there, as in --experiment-index {stored_indices[0]}"
         )
     return with_models
 

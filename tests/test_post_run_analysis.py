@@ -496,7 +496,7 @@ def model(folder, epoch):
 BAD_FOLDERS = {
     "no folder": (lambda f: shutil.rmtree(f), "no such folder"),
     "no models": (lambda f: shutil.rmtree(f / "model_parameters"), "no stored models"),
-    "nothing finished": (lambda f: (f / "experiment_indices.npy").unlink(), "there are models of 0; name them"),
+    "nothing finished": (lambda f: (f / "experiment_indices.npy").unlink(), "there are models of 0; name them,"),
     "list of finished runs damaged": (lambda f: (f / "experiment_indices.npy").write_bytes(b"\x93NUMPY"), "experiment_indices.npy"),
     "list of finished runs is a pipe": (lambda f: make_pipe(f / "experiment_indices.npy"), "there is something else in the place of"),
     "list of finished runs with -1": (lambda f: save_indices(f, [0, -1]), "experiment_indices.npy: the list of finished runs names -1;"),
