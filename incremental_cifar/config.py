@@ -80,7 +80,7 @@ class Config:
     device: str = "auto"  # "auto": the first GPU if there is one; "cpu", "cuda", "cuda:N"
     precision: str = "tf32"  # "tf32" (as released; on a CPU the same as fp32), "fp32" or "bf16"
     compile_network: Auto = False  # fuse the network's operations with torch.compile: other last bits, a minute more at the start
-    fold_batch_norm: Auto = "auto"  # evaluate with batch norm made part of the convolutions: faster, other last bits of losses
+    fold_batch_norm: Auto = "auto"  # evaluate with batch norm made part of the convolutions: other last bits of losses
     cuda_graphs: bool = True  # on a GPU, record a step once and replay it: the same results, faster
     deterministic: bool = True  # the same index gives the same results, to the bit, on the same machine
 

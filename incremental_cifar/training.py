@@ -301,8 +301,8 @@ def train_one_epoch(
 class EvaluationStep:
     """Loss and correct predictions of one batch, with the running statistics of batch norm. Leaves the network as it is.
 
-    half: the copy that trains, if the precision is bf16. is_folded: make batch norm part of the convolutions, which is faster and moves the
-    last bits.
+    half: the copy that trains, if the precision is bf16. is_folded: make batch norm part of the convolutions, which saves a GPU
+    passes over memory and moves the last bits.
     """
 
     def __init__(self, network: ResNet18, half: Bfloat16Copy | None = None, is_folded: bool = False):
