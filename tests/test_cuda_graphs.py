@@ -7,6 +7,7 @@ device for a value fails.
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import json
 import os
@@ -25,7 +26,7 @@ import incremental_cifar_experiment
 from incremental_cifar import cifar100, training
 from incremental_cifar.cifar100 import ImageSet
 from incremental_cifar.command_line import run_script
-from incremental_cifar.config import load_config
+from incremental_cifar.config import UserError, load_config, settled
 from incremental_cifar.continual_backprop import ContinualBackprop
 from incremental_cifar.cuda_graphs import WARM_UP_CALLS, CaptureError, Recorded, capturing
 from incremental_cifar.network_copies import Bfloat16Copy
@@ -307,6 +308,26 @@ def test_where_only_the_evaluation_cannot_be_recorded_the_training_still_is(tmp_
     assert experiment.is_recorded and isinstance(experiment.training_step.recorded, Recorded)
     assert "an evaluation step cannot be recorded as a CUDA graph (this part not)" in capsys.readouterr().err
     assert stored_results(tmp_path / "base_deep_learning_system") == stored_results(uninterrupted("base_deep_learning_system"))
+
+
+def test_where_compiling_fails_a_run_that_left_it_open_goes_on_without(tmp_path, uninterrupted, recorder, monkeypatch, capsys):
+    def fail(images):
+        raise torch._dynamo.exc.InternalTorchDynamoError("no compiler here\nand more")
+
+    def as_with_triton(config, stored, is_gpu):
+        return dataclasses.replace(settled(config, stored, is_gpu), compile_network=True)
+
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: fail)
+    monkeypatch.setattr(incremental_cifar_experiment, "settled", as_with_triton)
+    recorder(record_operations)
+    experiment = run_one("base_deep_learning_system", tmp_path, compile_network="auto")
+    assert (
+        capsys.readouterr().err.count("warning: torch.compile failed (no compiler here); this run goes on with compile_network=false") == 1
+    )
+    assert experiment.is_recorded and experiment.files.load_config().compile_network is False
+    assert stored_results(tmp_path / "base_deep_learning_system") == stored_results(uninterrupted("base_deep_learning_system"))
+    with pytest.raises(UserError, match=r"torch\.compile failed \(no compiler here\); use compile_network=false"):
+        run_one("base_deep_learning_system", tmp_path / "asked for", compile_network=True)
 
 
 def test_a_run_without_graphs_may_go_on_with_them_but_says_so(tmp_path, uninterrupted, recorder, capsys, script):
