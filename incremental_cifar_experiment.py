@@ -64,6 +64,7 @@ from incremental_cifar.config import (
     with_whole_folders,
 )
 from incremental_cifar.continual_backprop import ContinualBackprop
+from incremental_cifar.explain import Explain
 from incremental_cifar.learning_curves import METRICS, STEPS_PER_WINDOW, LearningCurves, array_lengths
 from incremental_cifar.resnet import ResNet18, build_network, initialise
 from incremental_cifar.run_files import RESTART, RunFiles
@@ -761,6 +762,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Config, list[int],
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help="settings that override the config's"
     )
+    parser.add_argument("--explain", nargs="+", action=Explain, metavar="KEY", help="say what settings mean (all: every one); no run")
     parsed = parser.parse_args(arguments)
     options = {name: getattr(parsed, name) for name in ("verbose", "restart", "without_models")}
     return load_config(parsed.config, parsed.overrides), parse_indices(parsed.experiment_index), options
