@@ -153,7 +153,7 @@ def test_retrained_network_lies_beneath_and_coinciding_curves_show(results, draw
     store(results, "other", 0, SMALL, next_task_dormant_units_analysis=[0, 0, 0.5])
     figure, _ = draw("next_task_dormant_units_analysis")
     lines = lines_of(figure)
-    names = ["Retrained network", "Base deep learning system", "Continual backpropagation", "other"]
+    names = ["Retrained network", "Base deep learning system", "Continual backpropagation", "Other"]
     assert list(lines) == [f"{name} (1 run)" for name in names]  # in the order of drawing
     assert [line.is_dashed() for line in lines.values()] == [False, True, True, False]
     patterns = [lines[f"{name} (1 run)"]._unscaled_dash_pattern[1] for name in names[1:3]]
@@ -163,7 +163,7 @@ def test_retrained_network_lies_beneath_and_coinciding_curves_show(results, draw
 
 def test_long_names_stay_distinct():
     one, other = (algorithm_label(f"continual_backpropagation_with_a_long_name_of_variant_{number}") for number in (1, 2))
-    assert one != other and one.startswith("continual_back") and len(one) == 40
+    assert one != other and one.startswith("Continual back") and len(one) == 40
 
 
 def test_a_shorter_retrained_network_is_named_as_what_ends_the_curve(results, draw):
@@ -309,7 +309,7 @@ def test_networks_of_several_widths_are_each_in_percent_of_their_own_units(resul
     store(results, BASE, 0, SMALL, **{RANK: [16, 8, 4]})
     store(results, "wide", 0, SMALL | {"network_width": 4}, **{RANK: [16, 8, 4]})
     figure, _ = draw(RANK)
-    assert line_values(lines_of(figure)["wide (1 run)"]) == ([4, 8, 12], [50, 25, 12.5])
+    assert line_values(lines_of(figure)["Wide (1 run)"]) == ([4, 8, 12], [50, 25, 12.5])
     assert figure.axes[0].get_ylabel() == "Stable rank (% of the last layer)"
 
 
@@ -408,7 +408,7 @@ def test_default_algorithms_are_the_papers_in_order_then_others(results, draw):
         "Continual backpropagation (1 run)",
         "Retrained network (1 run)",
         "“_my $x$ run” (1 run)",
-        "zeta (1 run)",
+        "Zeta (1 run)",
     ]
 
 
@@ -886,7 +886,8 @@ def test_bad_results_are_one_line_and_nothing_is_written(results, tmp_path, caps
 # Arguments of the script of single figures, and a part of the message; {} is the folder of results.
 BAD_ARGUMENTS = {
     "no metric": (["--results_dir", "{}"], "--metric"),
-    "unknown metric": (["--metric", "accuracy"], "invalid choice"),
+    "unknown metric": (["--metric", "accuracy"], "no algorithm here has accuracy; what there is: test_accuracy_per_epoch\n"),
+    "path as metric": (["--metric", f"../{BASE}/{ACCURACY}"], f"has ../{BASE}/{ACCURACY}; what there is: test_accuracy_per_epoch\n"),
     "suffix": (["--metric", ACCURACY, "--output", "figure.jpg"], "must end in one of .png, .svg, .pdf"),
     "no suffix": (["--metric", ACCURACY, "--output", "figure"], "must end in one of"),
     "folder as output": (["--metric", ACCURACY, "--output", "{}/folder.svg"], "folder.svg: cannot write this file (what has"),
@@ -905,7 +906,7 @@ BAD_ARGUMENTS = {
     "name twice": (["--metric", ACCURACY, "--algorithms", f"{BASE},{BASE}"], "appears twice"),
     "no retrained network": (["--metric", RELATIVE], "retrained_network/test_accuracy_per_epoch: no run's metric here"),
     "retrained alone": (["--metric", RELATIVE, "--algorithms", RETRAINED], "name at least one"),
-    "not analysed": (["--metric", RANK], f"no algorithm here has {RANK}; post_run_analysis.py writes it"),
+    "not analysed": (["--metric", RANK], f"no algorithm here has {RANK} (post_run_analysis.py writes it); what there is: test_"),
     "per epoch": (["--metric", RANK, "--per-epoch"], "one value per task"),
     "published loss": (["--metric", "test_loss_per_epoch", "--published"], "the paper shows no test_loss_per_epoch"),
     "published per epoch": (["--metric", ACCURACY, "--published", "--per-epoch"], "leave out --per-epoch"),
