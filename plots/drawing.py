@@ -256,7 +256,7 @@ def published_handle() -> Line2D:
 # --- Names at the curves' ends ---------------------------------------------------------------------------------------------------
 
 
-def label_ends(axes: Axes, lines: dict[str, Line2D], size: float = 6.0) -> None:
+def label_ends(axes: Axes, named: Sequence[tuple[str, Line2D]], size: float = 6.0) -> None:
     """Write each name right of the axes, in its line's colour: level with the line's end, or as near as the other names allow.
 
     A dotted pointer leads from the end to the name. Names are in the order of the ends, so that pointers of complete curves do not cross.
@@ -264,26 +264,26 @@ def label_ends(axes: Axes, lines: dict[str, Line2D], size: float = 6.0) -> None:
     """
     bottom, top = axes.get_ylim()
     beside = axes.transAxes + ScaledTranslation(9 / 72, 0, axes.figure.dpi_scale_trans)
-    ends = {}
-    for name, line in lines.items():
+    ends = []
+    for name, line in named:
         is_across = line.get_transform() != axes.transData  # its x is a fraction of the axes' width
         there = np.flatnonzero(np.isfinite(line.get_ydata()))[-1]
-        ends[name] = (axes.get_xlim()[1] if is_across else line.get_xdata()[there]), line.get_ydata()[there]
-    names = sorted(lines, key=lambda name: ends[name][1])
+        ends.append((name, line, (axes.get_xlim()[1] if is_across else line.get_xdata()[there], line.get_ydata()[there])))
+    ends.sort(key=lambda end: end[2][1])
     texts = [
         axes.annotate(
             name,
-            ends[name],
+            point,
             xytext=(1, 0),
             textcoords=beside,
-            color=lines[name].get_color(),
+            color=line.get_color(),
             fontsize=size,
             va="center",
             linespacing=0.95,
             annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-",
-                "color": lines[name].get_color(),
+                "color": line.get_color(),
                 "linewidth": 0.6,
                 "linestyle": (0, (1, 1)),
                 "shrinkA": 1,
@@ -291,11 +291,11 @@ def label_ends(axes: Axes, lines: dict[str, Line2D], size: float = 6.0) -> None:
                 "relpos": (0, 0.5),
             },
         )
-        for name in names
+        for name, line, point in ends
     ]
     renderer = axes.figure.canvas.get_renderer()
     heights = np.array([Text.get_window_extent(text, renderer).height for text in texts]) / axes.get_window_extent(renderer).height
-    wanted = np.array([(ends[name][1] - bottom) / (top - bottom) for name in names])
+    wanted = np.array([(point[1] - bottom) / (top - bottom) for _, _, point in ends])
     for text, height in zip(texts, spread(wanted, 1.08 * heights), strict=True):
         text.set_position((1, height))
 

@@ -78,7 +78,7 @@ FRACTIONS = ("accuracy", "dormant_units", "zero_gradients")  # in a name: its va
 # Where a name alone would not say what it is.
 METRIC_LABELS = {
     "weight_magnitude": "Mean weight magnitude",
-    "average_online_accuracy": "Mean training accuracy in the task",
+    "average_online_accuracy": "Mean training accuracy of a task",
     "distance_to_initial": "Distance to the initial weights",
     "gradient_norm": "Norm of the gradient",
     "zero_gradients": "Gradients that are exactly 0",
@@ -199,15 +199,15 @@ def legible(name: str) -> str:
 
 def algorithm_label(algorithm: str) -> str:
     """An algorithm's name in the paper or in the config, or else its folder's, legible and shortened to what a legend can hold."""
-    label = (ALGORITHM_LABELS | METHOD_LABELS).get(algorithm) or legible(as_text(algorithm))
+    label = (METHOD_LABELS | ALGORITHM_LABELS).get(algorithm) or legible(as_text(algorithm))
     label = label if len(label) <= 40 else f"{label[:20]}…{label[-19:]}"  # long names often differ in their ends only
     return f"“{label}”" if label.startswith("_") else label  # Matplotlib leaves labels that begin with _ out of legends
 
 
 def axis_text(metric: Metric, num_units: str) -> str:
     """A metric's name and unit beside an axis, in lines that fit it. num_units: of the last layer."""
-    lines = (legible(line.replace("{units}", num_units)) for line in metric.axis_label.split("\n"))
-    return "\n".join(part for line in lines for part in textwrap.wrap(line, 36))
+    label = metric.axis_label.replace("{units}", num_units) if metric.kind == "rank" else metric.axis_label
+    return "\n".join(part for line in label.split("\n") for part in textwrap.wrap(legible(line), 36))
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------------------
