@@ -86,7 +86,7 @@ class BareLoop:
             self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.01, momentum=0.9, weight_decay=0.0005)
             return
         self.optimizer = make_optimizer(self.network, 0.01, 0.9, 0.0005)
-        changed = [*self.network.parameters(), *self.network.buffers(), *momentum_buffers(self.optimizer)]
+        changed = [*self.network.parameters(), *self.network.buffers(), *momentum_buffers(self.network, self.optimizer)]
         try:
             self.replay = Recorded(lambda images: (self.step(),), (self.images,), changed).replay
         except CaptureError as error:
@@ -167,10 +167,8 @@ class BenchedRun:
         """What continual backpropagation or the noise does after the network in so many steps, alone."""
         step = self.experiment.training_step
         for number in range(num_steps):
-            if step.continual_backprop is not None:
-                step.continual_backprop.reset_due_units()
-            if step.weight_noise is not None:
-                step.weight_noise.add(number)
+            for algorithm in step.algorithms:
+                algorithm.after_step(number)
 
 
 class Bench:

@@ -10,7 +10,6 @@ Source: Dohare et al., "Loss of plasticity in deep continual learning", Nature 6
 """
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -38,6 +37,7 @@ from mlproj_manager.experiments import Experiment
 from torch import Tensor
 from tqdm import tqdm
 
+from incremental_cifar.algorithms import epoch_metrics, make_algorithms
 from incremental_cifar.cifar100 import ImageSet, load_images
 from incremental_cifar.command_line import (
     OneLineArgumentParser,
@@ -63,20 +63,17 @@ from incremental_cifar.config import (
     settled,
     with_whole_folders,
 )
-from incremental_cifar.continual_backprop import ContinualBackprop
 from incremental_cifar.learning_curves import METRICS, STEPS_PER_WINDOW, LearningCurves, array_lengths
-from incremental_cifar.resnet import ResNet18, build_network, initialise
+from incremental_cifar.resnet import ResNet18, build_network
 from incremental_cifar.run_files import RESTART, RunFiles
 from incremental_cifar.seeds import Purpose, draw_class_order, experiment_seed, generator_for
 from incremental_cifar.training import (
     EvaluationStep,
     TrainingStep,
-    WeightNoise,
     choose_device,
     device_name,
     evaluate,
     make_optimizer,
-    momentum_buffers,
     set_arithmetic,
     set_stepsize,
     stepsize_at,
@@ -295,25 +292,18 @@ class IncrementalCIFARExperiment(Experiment):
         config = self.config
         network = build_network(self.random_seed, config.network_width)
         self.network: ResNet18 = network.to(self.device, memory_format=torch.channels_last)
-        self.optimizer = make_optimizer(self.network, config.stepsize, config.momentum, config.weight_decay)
-        self.continual_backprop = None
-        if config.use_cbp:
-            self.continual_backprop = ContinualBackprop(
-                self.network,
-                self.random_seed,
-                config.replacement_rate,
-                config.maturity_threshold,
-                config.utility_function,
-                config.running_average_utility,
-            )
-        weight_noise = WeightNoise(self.network, self.random_seed, config.noise_std) if config.noise_std > 0 else None
-        self.training_step = TrainingStep(self.network, self.optimizer, config.precision, self.continual_backprop, weight_noise)
+        self.optimizer = make_optimizer(
+            self.network, config.stepsize, config.momentum, config.weight_decay, getattr(config, "decay_batch_norm", True)
+        )
+        algorithms = make_algorithms(config, self.network, self.optimizer, self.random_seed)
+        self.training_step = TrainingStep(self.network, self.optimizer, config.precision, algorithms)
         self.evaluation_step = EvaluationStep(self.network, self.training_step.half, config.fold_batch_norm)
         if config.compile_network:
             self.training_step.compile(config.batch_size, config.deterministic)
             self.evaluation_step.compile(config.deterministic)
         self.best_network = BestNetwork()
-        self.curves = LearningCurves(config.steps_before(config.num_epochs), config.num_epochs, self.device)
+        num_steps = config.steps_before(config.num_epochs)
+        self.curves = LearningCurves(num_steps, config.num_epochs, self.device, epoch_metrics(algorithms))
 
     def record_steps(self) -> None:
         """On a GPU, have the steps replayed from CUDA graphs; where that is impossible, warn and go on without."""
@@ -411,6 +401,7 @@ class IncrementalCIFARExperiment(Experiment):
         losses = self.curves.step_losses[first_step : self.config.steps_before(epoch + 1)]
         all_finite = torch.isfinite(losses).all().item()  # waits for the device
         self.curves.record_epoch(epoch, epoch_runtime=time.perf_counter() - start)
+        self.curves.record_epoch(epoch, **epoch_metrics(self.training_step.algorithms))
         if not all_finite:
             raise self.diverged(epoch, stepsize)
 
@@ -455,16 +446,9 @@ class IncrementalCIFARExperiment(Experiment):
             self.best_network.restore(self.network)
         self.files.save_model((task + 1) * config.epochs_per_task, self.network)
         if task + 1 < config.num_tasks:
-            if config.reset_network:
-                self.draw_anew(self.network, task)
-            elif config.reset_head:
-                self.draw_anew(self.network.fc, task)
-
-    def draw_anew(self, module: torch.nn.Module, task: int) -> None:
-        """Initialise a part of the network, in place, with draws that depend on the seed and the task alone."""
-        fresh = copy.deepcopy(module).cpu()
-        initialise(fresh, generator_for(self.random_seed, Purpose.TASK_RESET, task))
-        module.load_state_dict(fresh.state_dict())
+            with torch.no_grad():
+                for algorithm in self.training_step.algorithms:
+                    algorithm.end_task(task)
 
     # --- Checkpoints and results -------------------------------------------------------------------------------------------------
 
@@ -473,26 +457,20 @@ class IncrementalCIFARExperiment(Experiment):
         state = {
             "epoch": epoch,
             "settings": self.settings(),
-            "network": self.network.state_dict(),
-            "momentum": momentum_buffers(self.optimizer),
+            **self.training_step.state_dict(),
             "best_network": self.best_network.state_dict(),
             "curves": self.curves.state_dict(epoch, self.config.steps_before(epoch)),
             "environment": self.environment,
         }
-        if self.continual_backprop is not None:
-            state["continual_backprop"] = self.continual_backprop.state_dict()
         self.files.save_checkpoint(epoch, state)
         self.store_curves(epoch)  # after it: metrics without a checkpoint are those of a run whose checkpoints are gone
 
     def load_checkpoint(self, state: dict[str, Any]) -> None:
         """Fill a stored state into the live network, optimizer, continual backpropagation and curves."""
-        self.network.load_state_dict(state["network"])
-        for buffer, stored in zip(momentum_buffers(self.optimizer), state["momentum"], strict=True):
-            buffer.copy_(stored)
+        # Before the algorithms had a state each, one had.
+        self.training_step.load_state_dict({"algorithms": {"ContinualBackprop": state.get("continual_backprop", {})}} | state)
         self.best_network.load_state_dict(state["best_network"])
         self.curves.load_state_dict(state["curves"])
-        if self.continual_backprop is not None:
-            self.continual_backprop.load_state_dict(state["continual_backprop"])
 
     def settings(self) -> dict[str, Any]:
         """What decides this run's results: its index and all settings that can change them."""

@@ -1,5 +1,6 @@
 """What a run measures while it trains: losses, accuracies and times, kept on the device during an epoch and read once at its end."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,13 +44,13 @@ class LearningCurves:
 
     A released name that misleads: `train_loss_per_checkpoint` holds means over windows of 25 steps; a checkpoint, everywhere else, is
     what a run resumes from. Windows are counted over the whole run, so where an epoch has no multiple of 25 steps, one may reach into
-    the next epoch; steps that fill no window at the end of the run are not stored.
+    the next epoch; steps that fill no window at the end of the run are not stored. names: of what the run's algorithms count per epoch.
     """
 
-    def __init__(self, num_steps: int, num_epochs: int, device: torch.device):
+    def __init__(self, num_steps: int, num_epochs: int, device: torch.device, names: Iterable[str] = ()):
         self.step_losses = torch.zeros(num_steps, device=device)
         self.step_accuracies = torch.zeros(num_steps, device=device)
-        self.per_epoch = {name: np.full(num_epochs, np.nan, dtype=np.float32) for name in PER_EPOCH_METRICS}
+        self.per_epoch = {name: np.full(num_epochs, np.nan, dtype=np.float32) for name in (*PER_EPOCH_METRICS, *names)}
 
     def record_epoch(self, epoch: int, **values: float) -> None:
         """Store an epoch's values under the metrics' names; `epoch` counts from 0."""

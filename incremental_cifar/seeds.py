@@ -3,7 +3,8 @@
     generator = generator_for(random_seed, Purpose.EPOCH, epoch)
 
 Each epoch, step and task has generators of its own, so a resumed run draws what an uninterrupted one draws without any generator's
-state in the checkpoint. All generators but the noise's are on the CPU: a run draws the same numbers on every device.
+state in the checkpoint. All generators but those of noise and of resets by mask are on the CPU: a run draws the same numbers there on every
+device.
 """
 
 from enum import IntEnum
@@ -23,6 +24,10 @@ class Purpose(IntEnum):
     NOISE = 4  # shrink and perturb; counted in steps
     TASK_RESET = 5  # the output layer's or the network's new weights at the end of a task; counted in tasks
     ANALYSIS = 6  # images on which a stored network is analysed; counted in tasks
+    UNIT_RECYCLE = 7  # incoming weights of the units that ReDo resets; counted in steps
+    SNR_RESET = 8  # the same of self-normalized resets
+    WEIGHT_REINIT = 9  # weights that selective weight reinitialization draws anew; counted in steps
+    UPGD_NOISE = 10  # utility-based perturbed gradient descent; counted in steps
 
 
 def experiment_seed(index: int) -> int:

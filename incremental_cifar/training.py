@@ -10,20 +10,21 @@ import contextlib
 import os
 import platform
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from incremental_cifar.algorithms import Algorithm
 from incremental_cifar.augmentation import augmented, draw_transformations
 from incremental_cifar.cifar100 import IMAGE_SIZE, ImageSet
 from incremental_cifar.config import DEVICE_NAMES, MOST_RUNS_PER_GPU, NUM_CLASSES, UserError, is_device_name
-from incremental_cifar.continual_backprop import ContinualBackprop
 from incremental_cifar.cuda_graphs import Recorded
 from incremental_cifar.network_copies import Bfloat16Copy, FoldedCopy
 from incremental_cifar.resnet import ResNet18
-from incremental_cifar.seeds import Purpose, derive_seed, generator_for
+from incremental_cifar.seeds import Purpose, generator_for
 
 # Images per forward pass without gradients: what fits a CPU's cache, and what fills a GPU and divides the paper's numbers of images.
 EVALUATION_BATCH_SIZE = {"cpu": 100, "cuda": 250}
@@ -113,24 +114,32 @@ def compiled(forward: Forward, batch_size: int, deterministic: bool) -> Forward:
 # --- Optimisation ----------------------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(network: nn.Module, stepsize: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+def make_optimizer(
+    network: nn.Module, stepsize: float, momentum: float, weight_decay: float, decay_batch_norm: bool = True
+) -> torch.optim.SGD:
     """Stochastic gradient descent with momentum, its state on the device from the start.
 
     The step size is a tensor that `set_stepsize` fills, and momentum starts as zeros rather than as nothing (the first step is the same),
-    so that resuming fills existing memory.
+    so that resuming fills existing memory. decay_batch_norm: whether weight decay takes in batch norm's weights and biases.
     """
     parameters = list(network.parameters())
     stepsize_tensor = torch.tensor(stepsize, device=parameters[0].device)
-    optimizer = torch.optim.SGD(parameters, lr=stepsize_tensor, momentum=momentum, weight_decay=weight_decay, fused=True)
+    groups = [{"params": parameters}]
+    if not decay_batch_norm:
+        free = {parameter for module in network.modules() if isinstance(module, nn.BatchNorm2d) for parameter in module.parameters()}
+        groups = [
+            {"params": [parameter for parameter in parameters if parameter not in free]},
+            {"params": [parameter for parameter in parameters if parameter in free], "weight_decay": 0},
+        ]
+    optimizer = torch.optim.SGD(groups, lr=stepsize_tensor, momentum=momentum, weight_decay=weight_decay, fused=True)
     for parameter in parameters if momentum > 0 else ():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
-def momentum_buffers(optimizer: torch.optim.SGD) -> list[Tensor]:
-    """The optimizer's memory, a tensor per parameter in the parameters' order (none without momentum)."""
-    parameters = optimizer.param_groups[0]["params"]
-    return [optimizer.state[parameter]["momentum_buffer"] for parameter in parameters if parameter in optimizer.state]
+def momentum_buffers(network: nn.Module, optimizer: torch.optim.SGD) -> list[Tensor]:
+    """The optimizer's memory, a tensor per parameter in the network's order (none without momentum)."""
+    return [optimizer.state[parameter]["momentum_buffer"] for parameter in network.parameters() if parameter in optimizer.state]
 
 
 def stepsize_at(epoch: int, epochs_per_task: int, stepsize: float) -> float:
@@ -149,32 +158,6 @@ def set_stepsize(optimizer: torch.optim.SGD, stepsize: float) -> None:
         group["lr"].fill_(stepsize)
 
 
-class WeightNoise:
-    """Shrink and perturb's noise: N(0, std^2) added to every parameter, from a generator seeded by the run's seed and the step."""
-
-    def __init__(self, network: nn.Module, random_seed: int, std: float):
-        self.parameters = list(network.parameters())
-        self.random_seed = random_seed
-        self.std = std
-        device = self.parameters[0].device
-        self.generator = torch.Generator(device)
-        flat = torch.empty(sum(parameter.numel() for parameter in self.parameters), device=device)
-        self.flat = flat  # one draw for all parameters
-        pieces = flat.split([parameter.numel() for parameter in self.parameters])
-        # In the memory format of its parameter each: only then are all of them added in a few kernels.
-        self.noise = [
-            piece.as_strided(parameter.shape, parameter.stride(), piece.storage_offset())
-            for piece, parameter in zip(pieces, self.parameters, strict=True)
-        ]
-
-    @torch.no_grad()
-    def add(self, step: int) -> None:
-        """Add the noise of step `step` (counted from 0 over the whole run) to the parameters, in place."""
-        self.generator.manual_seed(derive_seed(self.random_seed, Purpose.NOISE, step))
-        self.flat.normal_(0, self.std, generator=self.generator)
-        torch._foreach_add_(self.parameters, self.noise)
-
-
 # --- One step and one epoch ------------------------------------------------------------------------------------------------------
 
 
@@ -189,25 +172,16 @@ def unseen_mask(classes: Sequence[int] | np.ndarray, device: torch.device) -> Te
 
 
 class TrainingStep:
-    """One step on one batch: forward, loss, backward, SGD, the reset of units, the noise. Changes the network in place.
+    """One step on one batch: forward, loss, backward, SGD, and what the algorithms do in between. Changes the network in place.
 
-    network, optimizer: see `ResNet18` and `make_optimizer`. precision: "fp32", "tf32" or "bf16". continual_backprop, weight_noise: parts
-    of the step for the algorithms that have them.
+    network, optimizer: see `ResNet18` and `make_optimizer`. precision: "fp32", "tf32" or "bf16". algorithms: see `make_algorithms`.
     """
 
-    def __init__(
-        self,
-        network: ResNet18,
-        optimizer: torch.optim.SGD,
-        precision: str = "fp32",
-        continual_backprop: ContinualBackprop | None = None,
-        weight_noise: WeightNoise | None = None,
-    ):
+    def __init__(self, network: ResNet18, optimizer: torch.optim.SGD, precision: str = "fp32", algorithms: Sequence[Algorithm] = ()):
         self.network = network
         self.optimizer = optimizer
+        self.algorithms = algorithms
         self.half = Bfloat16Copy(network) if precision == "bf16" else None
-        self.continual_backprop = continual_backprop
-        self.weight_noise = weight_noise
         self.forward: Forward = network if self.half is None else self.half.network
         self.recorded: Recorded | None = None
 
@@ -219,11 +193,9 @@ class TrainingStep:
         """
         learn = self.learn_from_batch if self.recorded is None or not self.recorded.fits(images) else self.recorded
         loss, accuracy = learn(images, labels, mask)
-        # What depends on the number of the step is decided by the host, without asking the device, and is not recorded.
-        if self.continual_backprop is not None:
-            self.continual_backprop.reset_due_units()
-        if self.weight_noise is not None:
-            self.weight_noise.add(step)
+        with torch.no_grad():
+            for algorithm in self.algorithms:
+                algorithm.after_step(step)
         return loss, accuracy
 
     def learn_from_batch(self, images: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,9 +210,12 @@ class TrainingStep:
         loss.backward()
         if self.half is not None:
             self.half.pass_gradients_on()
-        self.optimizer.step()
-        if self.continual_backprop is not None:
-            self.continual_backprop.update_magnitudes([feature.detach() for feature in features])
+        with torch.no_grad():
+            for algorithm in self.algorithms:
+                algorithm.change_gradients()
+            self.optimizer.step()
+            for algorithm in self.algorithms:
+                algorithm.observe(features)
         return loss.detach(), (logits.detach().argmax(1) == labels).float().mean()
 
     def compile(self, batch_size: int, deterministic: bool) -> None:
@@ -249,16 +224,45 @@ class TrainingStep:
 
     def record(self, batch_size: int) -> None:
         """From here on, replay the steps with this batch size from a CUDA graph. Raises RuntimeError if that is impossible."""
-        changed = [*self.network.parameters(), *self.network.buffers(), *momentum_buffers(self.optimizer)]
-        if self.continual_backprop is not None:
-            changed.append(self.continual_backprop.magnitudes)
-        self.recorded = Recorded(self.learn_from_batch, example_batch(batch_size, changed[0].device), changed)
+        example = example_batch(batch_size, self.network.fc.weight.device)
+        self.recorded = Recorded(self.learn_from_batch, example, changed=tensors_in(self.state_dict()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later steps depend on: what a checkpoint holds, and what recording a step puts back. Its tensors are the live ones."""
+        return {
+            "network": self.network.state_dict(),
+            "momentum": momentum_buffers(self.network, self.optimizer),
+            "algorithms": {type(algorithm).__name__: algorithm.state_dict() for algorithm in self.algorithms},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Fill in a stored state, in place."""
+        self.network.load_state_dict(state["network"])
+        for buffer, stored in zip(momentum_buffers(self.network, self.optimizer), state["momentum"], strict=True):
+            buffer.copy_(stored)
+        for algorithm in self.algorithms:
+            algorithm.load_state_dict(state["algorithms"].get(type(algorithm).__name__, {}))
+
+
+def tensors_in(state: Any) -> list[Tensor]:
+    """All tensors in nested dicts and lists."""
+    if isinstance(state, Tensor):
+        return [state]
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return [tensor for value in values for tensor in tensors_in(value)]
 
 
 def example_batch(n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, labels and mask of a batch, all zeros: what is recorded has their shapes, dtypes and memory formats."""
-    images = torch.zeros(n, 3, IMAGE_SIZE, IMAGE_SIZE, device=device).to(memory_format=torch.channels_last)
-    return images, torch.zeros(n, dtype=torch.int64, device=device), torch.zeros(NUM_CLASSES, device=device)
+    """Images, labels and mask of a made-up batch: what is recorded has their shapes, dtypes and memory formats.
+
+    The images are random, so that whatever a step changes, it changes in the calls before the recording too: what is not put back
+    afterwards shows in the results.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(device, memory_format=torch.channels_last)
+    labels = torch.randint(NUM_CLASSES, (n,), generator=generator).to(device)
+    return images, labels, torch.zeros(NUM_CLASSES, device=device)
 
 
 def train_one_epoch(

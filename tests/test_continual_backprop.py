@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import REFERENCE
 
-from incremental_cifar.continual_backprop import ContinualBackprop, ResetSchedule
+from incremental_cifar.algorithms.continual_backprop import ContinualBackprop, ResetSchedule
 from incremental_cifar.resnet import build_network, hidden_layers
 from incremental_cifar.seeds import experiment_seed
 
@@ -40,7 +40,7 @@ def test_choice_of_units_equals_the_released_code(reference):
             shape = (2, len(scale)) if layer_index == 16 else (2, len(scale), 2, 2)
             feature = torch.rand(shape, generator=torch.Generator().manual_seed(100 * step + layer_index)) + 0.5
             features.append(feature * scale.view(1, -1, *[1] * (len(shape) - 2)))
-        continual_backprop.update_magnitudes(features)
+        continual_backprop.observe(features)
         for layer_index, units in continual_backprop.choose_units().items():
             resets.append({"step": step, "layer": layer_index, "units": sorted(units.tolist())})
             continual_backprop.reset_units(layer_index, units, torch.Generator())
@@ -96,7 +96,7 @@ def test_counts_on_the_host_agree_with_a_plain_twin_that_counts_ages(utility_fun
             if chosen:
                 expected[number] = sorted(chosen)
                 ages[number][chosen] = 0
-        continual_backprop.update_magnitudes(features)
+        continual_backprop.observe(features)
         actual = continual_backprop.choose_units()
         assert {number: sorted(units.tolist()) for number, units in actual.items()} == expected
         for number, units in actual.items():
@@ -148,7 +148,7 @@ def test_magnitude_is_the_released_sum_or_the_papers_running_average(running_ave
     continual_backprop = ContinualBackprop(network, 0, 0.1, maturity_threshold=100, running_average_utility=running_average)
     features = [torch.full((2, size, 2, 2), 3.0) for size in continual_backprop.sizes[:-1]] + [torch.full((2, 8), 3.0)]
     for _ in range(10):
-        continual_backprop.update_magnitudes(features)
+        continual_backprop.observe(features)
     expected = 3 * (1 - 0.99**10) if running_average else 3 * 0.01 * 10
     torch.testing.assert_close(continual_backprop.magnitudes, torch.full_like(continual_backprop.magnitudes, expected))
     continual_backprop.reset_units(16, torch.tensor([5]), torch.Generator())
@@ -166,12 +166,15 @@ def test_a_loaded_state_goes_on_as_the_stored_one():
     networks = [build_network(4, width=2) for _ in range(2)]
     straight, resumed = (ContinualBackprop(network, 9, 0.05, maturity_threshold=6) for network in networks)
     for step in range(50):
-        straight.step(features(step))
+        straight.observe(features(step))
+        straight.after_step(step)
     networks[1].load_state_dict(networks[0].state_dict())
     resumed.load_state_dict(straight.state_dict())
     for step in range(50, 100):
-        straight.step(features(step))
-        resumed.step(features(step))
+        straight.observe(features(step))
+        straight.after_step(step)
+        resumed.observe(features(step))
+        resumed.after_step(step)
     assert torch.equal(straight.births, resumed.births) and torch.equal(straight.magnitudes, resumed.magnitudes)
     for name, tensor in networks[0].state_dict().items():
         assert torch.equal(tensor, networks[1].state_dict()[name]), name

@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import signal
+import sys
 import weakref
 
 import numpy as np
@@ -24,21 +25,23 @@ from torch.utils._pytree import tree_leaves
 
 import incremental_cifar_experiment
 from incremental_cifar import cifar100, training
+from incremental_cifar.algorithms import Algorithm, make_algorithms
+from incremental_cifar.algorithms.continual_backprop import ContinualBackprop
+from incremental_cifar.algorithms.weight_noise import WeightNoise
 from incremental_cifar.cifar100 import ImageSet
 from incremental_cifar.command_line import run_script
 from incremental_cifar.config import UserError, load_config, settled
-from incremental_cifar.continual_backprop import ContinualBackprop
 from incremental_cifar.cuda_graphs import WARM_UP_CALLS, CaptureError, Recorded, capturing
 from incremental_cifar.network_copies import Bfloat16Copy
 from incremental_cifar.resnet import ResNet18, build_network
 from incremental_cifar.training import (
     EvaluationStep,
     TrainingStep,
-    WeightNoise,
     evaluate,
     make_optimizer,
     set_arithmetic,
     set_stepsize,
+    tensors_in,
     train_one_epoch,
     unseen_mask,
 )
@@ -190,15 +193,11 @@ def test_the_stand_in_is_as_strict_as_a_cuda_graph():
 
 def steps(algorithm, device, precision, num_steps=60, is_recorded=False, width=4, batch_size=9, is_compiled=False, is_folded=False):
     """Loss and accuracy of steps with changing images, classes and step size and of an evaluation; then what the network has become."""
-    config = load_config(f"cfg/{algorithm}.json", ["replacement_rate=0.01", "maturity_threshold=10"] if "continual" in algorithm else [])
+    config = load_config(f"cfg/{algorithm}.json", [f"{key}={value}" for key, value in TINY_ALGORITHM.get(algorithm, {}).items()])
     set_arithmetic(precision, deterministic=True)
     network = build_network(11, width).to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(network, 0.1, config.momentum, config.weight_decay)
-    continual_backprop = None
-    if config.use_cbp:
-        continual_backprop = ContinualBackprop(network, 3, config.replacement_rate, config.maturity_threshold, config.utility_function)
-    weight_noise = WeightNoise(network, 3, 0.001) if config.noise_std else None
-    training_step = TrainingStep(network, optimizer, precision, continual_backprop, weight_noise)
+    training_step = TrainingStep(network, optimizer, precision, make_algorithms(config, network, optimizer, random_seed=3))
     evaluation_step = EvaluationStep(network, training_step.half, is_folded)
     if is_compiled:
         training_step.compile(batch_size, deterministic=True)
@@ -221,22 +220,51 @@ def steps(algorithm, device, precision, num_steps=60, is_recorded=False, width=4
     evaluation_step.refresh()
     values.append(torch.stack(evaluation_step(images, torch.zeros(batch, dtype=torch.int64, device=device), mask)).cpu())
     state = copy.deepcopy(network.cpu().state_dict())
-    if continual_backprop is not None:
-        assert num_steps < 60 or continual_backprop.births.max() > 30  # units were reset between replays
-        state["magnitudes"] = continual_backprop.magnitudes.cpu()
+    state |= enumerate(tensor.cpu() for tensor in tensors_in([other.state_dict() for other in training_step.algorithms]))
     return torch.stack(values), state
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("algorithm", ["continual_backpropagation", "shrink_and_perturb"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_replayed_steps_are_the_plain_ones_to_the_bit(algorithm, precision, monkeypatch):
     monkeypatch.setitem(training.EVALUATION_BATCH_SIZE, "cpu", 20)
-    is_folded = algorithm == "shrink_and_perturb"
+    is_folded = precision == "bf16"
     plain, plain_state = steps(algorithm, CPU, precision, is_folded=is_folded)
     monkeypatch.setattr(Recorded.__init__, "__defaults__", (record_operations,))
     replayed, state = steps(algorithm, CPU, precision, is_recorded=True, is_folded=is_folded)
     assert torch.equal(replayed, plain) and torch.isfinite(plain).all()
     assert all(torch.equal(value, plain_state[name]) for name, value in state.items())
+
+
+class Forgetful(Algorithm):
+    """Scales the gradients by a number that it moves in every step; whether it says so in its state is up to the test."""
+
+    def __init__(self, network, is_forgetful):
+        self.network, self.is_forgetful = network, is_forgetful
+        self.scale = torch.ones(())
+
+    def change_gradients(self):
+        for parameter in self.network.parameters():
+            parameter.grad.mul_(self.scale)
+
+    def observe(self, features):
+        self.scale.mul_(1 - features[0].mean().clamp(0, 0.1))
+
+    def state_dict(self):
+        return {} if self.is_forgetful else {"scale": self.scale}
+
+
+@pytest.mark.parametrize("is_forgetful", [False, True])
+def test_a_buffer_that_an_algorithm_forgets_in_its_state_shows_in_the_recorded_steps(is_forgetful, monkeypatch):
+    def forgetful(config, network, optimizer, random_seed):
+        return [Forgetful(network, is_forgetful)]
+
+    monkeypatch.setattr(sys.modules[__name__], "make_algorithms", forgetful)
+    plain, _ = steps("base_deep_learning_system", CPU, "fp32", num_steps=6)
+    monkeypatch.setattr(Recorded.__init__, "__defaults__", (record_operations,))
+    monkeypatch.setitem(training.EVALUATION_BATCH_SIZE, "cpu", 20)
+    replayed, _ = steps("base_deep_learning_system", CPU, "fp32", num_steps=6, is_recorded=True)
+    assert torch.equal(replayed[:-1], plain[:-1]) != is_forgetful
 
 
 @pytest.fixture
@@ -359,7 +387,7 @@ def test_on_a_gpu_that_is_only_imagined_every_tensor_is_where_it_belongs_and_not
         image_set = ImageSet(np.zeros((100, 10, 32, 32, 3), np.uint8), device)
         losses, accuracies = torch.zeros(2, 100, device=device)
         for precision in ("tf32", "bf16"):
-            step = TrainingStep(network, optimizer, precision, continual_backprop)
+            step = TrainingStep(network, optimizer, precision, [continual_backprop])
             train_one_epoch(step, image_set, np.arange(10), 9, 11, 0, losses, accuracies, 0)
             for generator, is_folded in ((None, False), (torch.Generator(), True)):
                 outcome = evaluate(EvaluationStep(network, step.half, is_folded), image_set, np.arange(10), generator)
@@ -447,7 +475,7 @@ def were_recorded(folder):
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize("algorithm", ["continual_backpropagation", "shrink_and_perturb"])
 def test_on_a_gpu_replayed_steps_are_the_plain_ones(algorithm, precision):
-    is_folded = algorithm == "shrink_and_perturb"
+    is_folded = precision == "bf16"
     plain, plain_state = steps(algorithm, GPU, precision, width=8, is_folded=is_folded)
     replayed, state = steps(algorithm, GPU, precision, width=8, is_recorded=True, is_folded=is_folded)
     assert torch.equal(replayed, plain) and torch.isfinite(plain).all()
@@ -531,7 +559,7 @@ def test_on_a_gpu_nothing_waits_inside_an_epoch(precision, is_recorded, monkeypa
     network = build_network(11, 8).to(GPU, memory_format=torch.channels_last)
     continual_backprop = ContinualBackprop(network, 3, 0.05, maturity_threshold=2)
     optimizer = make_optimizer(network, 0.01, 0.9, 0.0005)
-    training_step = TrainingStep(network, optimizer, precision, continual_backprop, WeightNoise(network, 3, 0.001))
+    training_step = TrainingStep(network, optimizer, precision, [continual_backprop, WeightNoise(network, 3, 0.001)])
     evaluation_step = WatchedEvaluationStep(network, training_step.half, is_folded=precision == "bf16")
     if is_recorded:
         training_step.record(9)
@@ -561,7 +589,7 @@ def two_steps(device, use_cbp, noise=0.0):
             parameter.mul_(1 + noise * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
     network = network.to(device, memory_format=torch.channels_last)
     continual_backprop = ContinualBackprop(network, 3, 0.1, maturity_threshold=1)
-    step = TrainingStep(network, make_optimizer(network, 0.01, 0.9, 0.0005), "fp32", continual_backprop if use_cbp else None)
+    step = TrainingStep(network, make_optimizer(network, 0.01, 0.9, 0.0005), "fp32", [continual_backprop] if use_cbp else [])
     values = []
     for number in range(2):
         images = torch.randn(12, 3, 32, 32, generator=generator).to(device, memory_format=torch.channels_last)

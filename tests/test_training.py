@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from conftest import GPU, differing_results, tiny_arguments
 
 import incremental_cifar_experiment
+from incremental_cifar.algorithms.continual_backprop import ContinualBackprop
+from incremental_cifar.algorithms.weight_noise import WeightNoise
 from incremental_cifar.augmentation import augmented, draw_transformations
 from incremental_cifar.cifar100 import ImageSet, draw_synthetic_images
 from incremental_cifar.command_line import run_script
 from incremental_cifar.config import UserError
-from incremental_cifar.continual_backprop import ContinualBackprop
 from incremental_cifar.resnet import build_network
 from incremental_cifar.seeds import Purpose, generator_for
 from incremental_cifar.training import (
@@ -20,7 +21,6 @@ from incremental_cifar.training import (
     STEPS_PER_CHUNK,
     EvaluationStep,
     TrainingStep,
-    WeightNoise,
     choose_device,
     evaluate,
     make_optimizer,
@@ -97,7 +97,7 @@ def test_a_step_is_that_of_plain_sgd(network, batch):
         assert accuracy == expected_accuracy
     for ours, theirs in zip(network.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-    for ours, parameter in zip(momentum_buffers(optimizer), twin.parameters(), strict=True):
+    for ours, parameter in zip(momentum_buffers(network, optimizer), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, plain.state[parameter]["momentum_buffer"], rtol=1e-2, atol=1e-3)
 
 
@@ -110,7 +110,7 @@ def test_order_of_a_step_is_sgd_then_reset_then_noise(network, batch):
     for net in (network, twin):
         optimizer = make_optimizer(net, 0.1, 0.9, 0.0005)
         parts.append((optimizer, ContinualBackprop(net, 3, 0.5, maturity_threshold=1), WeightNoise(net, 3, 0.01)))
-    training_step = TrainingStep(network, parts[0][0], continual_backprop=parts[0][1], weight_noise=parts[0][2])
+    training_step = TrainingStep(network, parts[0][0], algorithms=parts[0][1:])
     for step in range(3):
         training_step(images, labels, mask, step)
 
@@ -119,8 +119,9 @@ def test_order_of_a_step_is_sgd_then_reset_then_noise(network, batch):
         optimizer.zero_grad()
         F.cross_entropy(logits + mask, labels).backward()
         optimizer.step()
-        continual_backprop.step([feature.detach() for feature in features])
-        weight_noise.add(step)
+        continual_backprop.observe([feature.detach() for feature in features])
+        continual_backprop.after_step(step)
+        weight_noise.after_step(step)
     assert parts[0][1].births.max() > 0
     for ours, theirs in zip(network.state_dict().values(), twin.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
@@ -132,7 +133,7 @@ def test_order_of_a_step_is_sgd_then_reset_then_noise(network, batch):
 def test_noise_depends_on_seed_and_step_alone_and_has_its_deviation(network):
     before = [parameter.detach().clone() for parameter in network.parameters()]
     noise = WeightNoise(network, random_seed=5, std=0.02)
-    noise.add(step=8)
+    noise.after_step(step=8)
     added = torch.cat([(after.detach() - start).flatten() for after, start in zip(network.parameters(), before, strict=True)])
     assert added.std().item() == pytest.approx(0.02, rel=0.03) and added.mean().item() == pytest.approx(0, abs=0.001)
     assert (added != 0).float().mean() > 0.99
@@ -140,11 +141,11 @@ def test_noise_depends_on_seed_and_step_alone_and_has_its_deviation(network):
         for parameter, start in zip(network.parameters(), before, strict=True):
             parameter.copy_(start)
     other = WeightNoise(network, random_seed=5, std=0.02)
-    other.add(step=3)
+    other.after_step(step=3)
     with torch.no_grad():
         for parameter, start in zip(network.parameters(), before, strict=True):
             parameter.copy_(start)
-    other.add(step=8)
+    other.after_step(step=8)
     again = torch.cat([(after.detach() - start).flatten() for after, start in zip(network.parameters(), before, strict=True)])
     assert torch.equal(again, added)
 

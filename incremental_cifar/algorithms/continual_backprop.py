@@ -1,7 +1,8 @@
 """Continual backpropagation: in every step, the least useful mature units of the network, very few, are drawn anew.
 
     continual_backprop = ContinualBackprop(network, random_seed, replacement_rate=1e-5, maturity_threshold=1000)
-    continual_backprop.step(features)          # after the optimizer's step, with the features of the same forward pass
+    continual_backprop.observe(features)        # after the optimizer's step, with the features of the same forward pass
+    continual_backprop.after_step(step)
 
 Source: paper, Methods, "Continual backpropagation"; released lop/algos/res_gnt.py, class ResGnT.
 
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from incremental_cifar.resnet import HiddenLayer, ResNet18, hidden_layers
+from incremental_cifar.algorithms.algorithm import Algorithm
+from incremental_cifar.algorithms.units import mean_features, reset_units
+from incremental_cifar.resnet import ResNet18, hidden_layers
 from incremental_cifar.seeds import Purpose, generator_for
 
 MAGNITUDE_WEIGHT = 0.01  # 1 - 0.99, the paper's decay rate
@@ -59,7 +62,7 @@ class ResetSchedule:
         return num_due
 
 
-class ContinualBackprop:
+class ContinualBackprop(Algorithm):
     """The utility of every hidden unit of a network, and the reset of those of least utility.
 
     network: the network that is trained; its weights and batch-norm buffers change in place. replacement_rate: share of a layer's units
@@ -84,6 +87,7 @@ class ContinualBackprop:
         self.utility_function = utility_function
         self.running_average_utility = running_average_utility
         self.step_count = 0
+        self.num_reset = 0  # since `metrics` was asked
         self.schedules = [ResetSchedule(size, replacement_rate, maturity_threshold) for size in self.sizes]
         device = network.fc.weight.device
         # (u,) each, layer after layer. A unit's age is the number of steps since its birth, so that nothing need be counted up.
@@ -97,32 +101,21 @@ class ContinualBackprop:
         return self.step_count - self.births
 
     @torch.no_grad()
-    def step(self, features: list[Tensor]) -> None:
-        """One step of the algorithm: statistics of all units, then the resets.
-
-        features: the 17 hidden layers' outputs as `ResNet18` returns them.
-        """
-        self.update_magnitudes(features)
-        self.reset_due_units()
+    def observe(self, features: list[Tensor]) -> None:
+        """Add this step's mean |feature| over batch and positions to every unit's magnitude; all on the device."""
+        if self.running_average_utility:
+            self.magnitudes.mul_(1 - MAGNITUDE_WEIGHT)
+        # As released: the magnitude is a plain sum, neither decayed by 0.99 nor cleared at a reset; one would expect both.
+        self.magnitudes.add_(mean_features(features), alpha=MAGNITUDE_WEIGHT)
 
     @torch.no_grad()
-    def reset_due_units(self) -> None:
-        """Begin the next step: choose in all layers the units that it resets, then reset them, layer by layer."""
+    def after_step(self, step: int) -> None:
+        """Choose in all layers the units that this step resets, then reset them, layer by layer."""
         chosen = self.choose_units()
         if chosen:
             generator = generator_for(self.random_seed, Purpose.UNIT_RESET, self.step_count)
             for layer_index, units in chosen.items():
                 self.reset_units(layer_index, units, generator)
-
-    @torch.no_grad()
-    def update_magnitudes(self, features: list[Tensor]) -> None:
-        """Add this step's mean |feature| over batch and positions to every unit's magnitude; all on the device."""
-        # Features come out of a ReLU, so they are their own absolute values; (n, c, h, w) is channels-last in memory.
-        means = torch.cat([feature.movedim(1, -1).flatten(0, -2).mean(0, dtype=torch.float32) for feature in features])  # (u,)
-        if self.running_average_utility:
-            self.magnitudes.mul_(1 - MAGNITUDE_WEIGHT)
-        # As released: the magnitude is a plain sum, neither decayed by 0.99 nor cleared at a reset; one would expect both.
-        self.magnitudes.add_(means, alpha=MAGNITUDE_WEIGHT)
 
     @torch.no_grad()
     def choose_units(self) -> dict[int, Tensor]:
@@ -139,6 +132,7 @@ class ContinualBackprop:
                 mature = self.step_count - births > self.maturity_threshold
                 utility = self.utility(layer_index).masked_fill(~mature, torch.inf)
                 chosen[layer_index] = utility.sort(stable=True).indices[:num_due]
+                self.num_reset += num_due
         for layer_index, units in chosen.items():
             self.layer_births[layer_index].index_fill_(0, units, self.step_count)
         return chosen
@@ -153,26 +147,18 @@ class ContinualBackprop:
 
     @torch.no_grad()
     def reset_units(self, layer_index: int, units: Tensor, generator: torch.Generator) -> None:
-        """Draw the incoming weights of some units of a layer anew and silence their outgoing ones; the optimizer's state stays.
-
-        units: (n,) int64 on the network's device. generator: on the CPU.
-        """
-        layer: HiddenLayer = self.layers[layer_index]
-        weight = layer.incoming.weight  # (c, inputs, 3, 3)
-        fan_in = weight[0].numel()
-        fresh = torch.randn(len(units), *weight.shape[1:], generator=generator) * (2 / fan_in) ** 0.5
-        weight.index_copy_(0, units, fresh.to(weight.device, non_blocking=True))
-        layer.incoming.bias.index_fill_(0, units, 0)
-        layer.outgoing.weight.index_fill_(1, units, 0)
-        layer.batch_norm.weight.index_fill_(0, units, 1)
-        layer.batch_norm.bias.index_fill_(0, units, 0)
-        layer.batch_norm.running_mean.index_fill_(0, units, 0)
-        layer.batch_norm.running_var.index_fill_(0, units, 1)
+        """Reset some units of a layer (`units.reset_units`). units: (n,) int64 on the network's device. generator: on the CPU."""
+        weight = self.layers[layer_index].incoming.weight  # (c, inputs, 3, 3)
+        fresh = torch.randn(len(units), *weight.shape[1:], generator=generator) * (2 / weight[0].numel()) ** 0.5
+        reset_units(self.layers[layer_index], units, fresh.to(weight.device, non_blocking=True))
         if self.running_average_utility:
             self.layer_magnitudes[layer_index].index_fill_(0, units, 0)
 
+    def metrics(self) -> dict[str, float]:
+        num_reset, self.num_reset = self.num_reset, 0
+        return {"units_reset_per_epoch": num_reset}
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs, as numbers and tensors."""
         return {
             "step_count": self.step_count,
             "births": self.births,
@@ -182,7 +168,6 @@ class ContinualBackprop:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Fill in a stored state, in place."""
         self.step_count = state["step_count"]
         self.births.copy_(state["births"])
         self.magnitudes.copy_(state["magnitudes"])

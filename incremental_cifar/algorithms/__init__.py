@@ -1,0 +1,44 @@
+"""What the algorithms do beyond SGD: one file each, one small interface (`Algorithm`), and here the `if` that switches each one on."""
+
+from collections.abc import Iterable
+
+import torch
+
+from incremental_cifar.algorithms.algorithm import Algorithm
+from incremental_cifar.algorithms.continual_backprop import ContinualBackprop
+from incremental_cifar.algorithms.task_reset import TaskReset
+from incremental_cifar.algorithms.weight_noise import WeightNoise
+from incremental_cifar.config import Config
+from incremental_cifar.resnet import ResNet18
+
+
+def make_algorithms(config: Config, network: ResNet18, optimizer: torch.optim.SGD, random_seed: int) -> list[Algorithm]:
+    """What a config adds to SGD; the hooks run in the order of this list. The network must be on its device and in its memory format."""
+    algorithms: list[Algorithm] = []
+    if config.use_cbp:
+        algorithms.append(
+            ContinualBackprop(
+                network,
+                random_seed,
+                config.replacement_rate,
+                config.maturity_threshold,
+                config.utility_function,
+                config.running_average_utility,
+            )
+        )
+    if config.noise_std > 0:
+        algorithms.append(WeightNoise(network, random_seed, config.noise_std))
+    if config.reset_network:
+        algorithms.append(TaskReset(network, random_seed))
+    elif config.reset_head:
+        algorithms.append(TaskReset(network.fc, random_seed))
+    return algorithms
+
+
+def epoch_metrics(algorithms: Iterable[Algorithm]) -> dict[str, float]:
+    """What the algorithms counted in the epoch that has just ended, by the names of the arrays; of what two of them count, the sum."""
+    total: dict[str, float] = {}
+    for algorithm in algorithms:
+        for name, value in algorithm.metrics().items():
+            total[name] = total.get(name, 0) + value
+    return total

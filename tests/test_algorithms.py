@@ -1,0 +1,68 @@
+"""What holds for every algorithm: runs of earlier code go on, and what an algorithm counts is stored."""
+
+import json
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import REFERENCE, differing_results, tiny_arguments
+
+import incremental_cifar_experiment
+import post_run_analysis
+from incremental_cifar.run_files import RunFiles
+from incremental_cifar.training import device_name
+
+EARLIER_RUNS = sorted((REFERENCE / "interrupted_runs").glob("*.tar.xz"))
+
+
+@pytest.fixture
+def earlier_run(tmp_path):
+    """The folder of a finished run of commit 69c2b62, with its checkpoint in the middle of the second of three tasks."""
+
+    def of(archive):
+        with tarfile.open(archive) as tar:
+            tar.extractall(tmp_path / "finished", filter="data")
+        return tmp_path / "finished" / archive.name.removesuffix(".tar.xz")
+
+    return of
+
+
+@pytest.mark.parametrize("archive", EARLIER_RUNS, ids=lambda archive: archive.name)
+def test_a_checkpoint_of_earlier_code_resumes_to_what_that_code_got(archive, earlier_run, tmp_path):
+    """To the bit, if this is the machine and the PyTorch that made it; elsewhere the last bits of a few steps differ."""
+    finished = earlier_run(archive)
+    folder = tmp_path / "resumed" / finished.name
+    for name in ("config_files/index-0.json", "class_order/index-0.npy", "experiment_checkpoints/index-0_epoch-6.pt"):
+        (folder / name).parent.mkdir(parents=True)
+        shutil.copy(finished / name, folder / name)
+    (folder / "model_parameters").mkdir()
+    for epoch in (0, 4):
+        shutil.copy(finished / f"model_parameters/index-0_epoch-{epoch}.pt", folder / "model_parameters")
+    settings = json.loads((finished / "config_files/index-0.json").read_text())
+    arguments = [f"{key}={str(value).lower() if type(value) is bool else value}" for key, value in settings.items() if key[0] != "_"]
+    config = tiny_arguments(finished.name, folder.parent)[:2]
+    assert incremental_cifar_experiment.main([*config, "--set", *arguments, f"results_dir={folder.parent}"]) == 0
+    counted = {str(path.relative_to(folder)) for path in folder.glob("*_reset_per_epoch/*")}
+    assert bool(counted) == settings["use_cbp"]
+    there = settings["_environment"]
+    if (there["torch"], there["device"]) == (torch.__version__, device_name(torch.device("cpu"))):
+        assert set(differing_results(finished, folder)) == counted
+    for path in finished.glob("*_loss_per_*/*.npy"):
+        np.testing.assert_allclose(np.load(folder / path.relative_to(finished)), np.load(path), rtol=0.02)
+
+
+@pytest.mark.parametrize("archive", EARLIER_RUNS, ids=lambda archive: archive.name)
+def test_a_finished_run_of_earlier_code_is_finished_and_can_be_analysed(archive, earlier_run, capsys):
+    folder = earlier_run(archive)
+    assert post_run_analysis.main(["--results_dir", str(folder)]) == 0
+    assert np.isfinite(np.load(folder / "next_task_stable_rank_analysis/index-0.npy")).all()
+    assert RunFiles(folder, 0).is_analysed(3)
+
+
+def test_units_reset_are_counted_per_epoch(uninterrupted):
+    """Of 30 units, a twentieth per step of those older than three steps: what the layers' accumulators give, all resets of the run."""
+    counts = np.load(uninterrupted("continual_backpropagation") / "units_reset_per_epoch/index-0.npy")
+    assert counts.shape == (12,) and counts.dtype == np.float32 and (counts[1:] > 0).all()
+    assert not list(uninterrupted("base_deep_learning_system").glob("*_reset_per_epoch"))
