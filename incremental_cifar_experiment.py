@@ -33,6 +33,7 @@ from incremental_cifar.command_line import OneLineArgumentParser, StopRequest, p
 from incremental_cifar.config import Config, UserError, load_config, make_config, settled, with_whole_folders
 from incremental_cifar.cuda_graphs import has_graphs
 from incremental_cifar.environment import describe_environment
+from incremental_cifar.explain import Explain
 from incremental_cifar.learner import Learner, first_line, user_errors
 from incremental_cifar.learning_curves import METRICS
 from incremental_cifar.progress import Progress
@@ -301,6 +302,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Config, list[int],
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help="settings that override the config's"
     )
+    parser.add_argument("--explain", nargs="+", action=Explain, metavar="KEY", help="say what settings mean (all: every one); no run")
     parsed = parser.parse_args(arguments)
     options = {name: getattr(parsed, name) for name in ("verbose", "restart", "without_models")}
     return load_config(parsed.config, parsed.overrides), parse_indices(parsed.experiment_index), options

@@ -21,9 +21,7 @@ class Learner:
     def __init__(self, config: Config, random_seed: int, device: torch.device):
         self.config = config
         self.network: ResNet18 = build_network(random_seed, config.network_width).to(device, memory_format=torch.channels_last)
-        self.optimizer = make_optimizer(
-            self.network, config.stepsize, config.momentum, config.weight_decay, getattr(config, "decay_batch_norm", True)
-        )
+        self.optimizer = make_optimizer(self.network, config.stepsize, config.momentum, config.weight_decay, config.decay_batch_norm)
         self.algorithms = make_algorithms(config, self.network, self.optimizer, random_seed)
         self.training_step = TrainingStep(self.network, self.optimizer, config.precision, self.algorithms)
         self.evaluation_step = EvaluationStep(self.network, self.training_step.half, config.fold_batch_norm)
