@@ -59,7 +59,7 @@ COLOURS = {
 }
 # For other names: from the palettes of Okabe and Ito and of Tol, and two more, those that stay apart from each other and from the paper's
 # colours in normal, red-blind and green-blind vision (CIELAB distance 12 or more, simulated after Machado).
-FURTHER_COLOURS = ("#000000", "#56b4e9", "#332288", "#ddcc77", "#882255", "#ee99aa", "#8c564b", "#0000ff")
+FURTHER_COLOURS = ("#000000", "#56b4e9", "#332288", "#882255", "#ee99aa", "#8c564b", "#0000ff", "#ddcc77")
 
 GREY = "#555555"
 NOTE_SIZE = 5.5  # points

@@ -2,8 +2,9 @@
 
     python plots/plot_incremental_cifar_results.py --metric test_accuracy_per_epoch --published
 
-Reads <results_dir>/<algorithm>/<metric>/index-K.npy and writes plots/<metric>.svg, or `--output`. Per task, the best of its epochs counts
-(losses: the least); `--per-epoch` draws every epoch. `plots/run_results.py` says which task is drawn where.
+Reads <results_dir>/<algorithm>/<metric>/index-K.npy, of any folder *_per_epoch or *_analysis, and writes plots/<metric>.svg, or `--output`.
+Per task, the best of its epochs counts (losses: the least; counts and whatever else: the mean); `--per-epoch` draws every epoch.
+`plots/run_results.py` says which task is drawn where, and what a folder's name says about its values.
 """
 
 import argparse
@@ -131,7 +132,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--metric", required=True, metavar="NAME", help=f"what to draw: a run's folder {endings}, or {RELATIVE}")
     parser.add_argument("--algorithms", metavar="A,B,C", help="folders, in the order of the legend (default: all that have the metric)")
     parser.add_argument("--output", type=Path, metavar="PATH", help=f"file to write, {SUFFIXES} (default <metric>.svg beside this script)")
-    parser.add_argument("--per-epoch", action="store_true", help="draw every epoch instead of the best of each task")
+    parser.add_argument("--per-epoch", action="store_true", help="draw every epoch instead of one value for each task")
     parser.add_argument("--published", action="store_true", help="draw the paper's curves beneath, thin and dashed")
     parsed = parser.parse_args(arguments)
     metric = metric_of(parsed.metric)

@@ -16,7 +16,6 @@ with a remark. n runs, p points (tasks or epochs). Nothing is unpickled.
 """
 
 import argparse
-import dataclasses
 import os
 import re
 import sys
@@ -28,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from incremental_cifar.config import REPOSITORY, SIZE_KEYS, Config, UserError, read_sizes, read_stored, whole_path
+from incremental_cifar.config import METHODS, REPOSITORY, SIZE_KEYS, Config, UserError, read_sizes, read_stored, whole_path
 from incremental_cifar.safe_files import broken_link
 
 # The paper's algorithms by the names of their folders, in the order of legends.
@@ -42,9 +41,7 @@ ALGORITHM_LABELS = {
 RETRAINED = "retrained_network"  # what relative accuracies are relative to
 
 # What the config calls its methods, by the folder's name that this makes: "Self-normalized resets" is self_normalized_resets.
-METHOD_LABELS = {
-    re.sub(r"\W+", "_", label.lower()): label for field in dataclasses.fields(Config) if (label := field.metadata.get("method"))
-}
+METHOD_LABELS = {re.sub(r"\W+", "_", label.lower()): label for label in METHODS}
 
 LAST_LAYER_WIDTHS = 8  # the last layer has 8 x network_width units
 

@@ -62,7 +62,8 @@ def test_algorithms_differ_where_they_should(uninterrupted, algorithm):
     """Every one differs from the base system in the end; those that reset something after a task share the first one."""
     base, other = (stored_results(uninterrupted(name)) for name in ("base_deep_learning_system", algorithm))
     first, last = ("model_parameters/index-0_epoch-4.pt", "model_parameters/index-0_epoch-12.pt")
-    assert other[last] != base[last], f"{algorithm} does nothing in a tiny run: TINY_ALGORITHM in tests/conftest.py needs an entry for it"
+    differs = other[last] != base[last]
+    assert differs, f"{algorithm} does nothing in a tiny run: TINY_ALGORITHM in tests/conftest.py needs an entry for it"
     assert other[first] == base[first] or algorithm not in ("head_resetting", "retrained_network")
 
 
