@@ -14,6 +14,7 @@ import incremental_cifar_experiment
 from incremental_cifar.config import FIELDS, UserError, differing_keys, load_config
 from incremental_cifar.learning_curves import METRICS
 
+OWN = "gradient_clipping"  # the algorithm that the README writes as an example
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "cfg" / "README.md"]
 
 
@@ -22,7 +23,8 @@ def test_links_and_files_exist(document):
     text = document.read_text()
     links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
     files = re.findall(r"`((?:incremental_cifar/|plots/|cfg/|tests/)?[\w/]+\.(?:py|json|md|txt))`", text)
-    missing = [name for name in {*links, *files} if not any((folder / name).exists() for folder in (REPOSITORY, document.parent))]
+    folders = (REPOSITORY, document.parent, REPOSITORY / "incremental_cifar" / "algorithms")
+    missing = [name for name in {*links, *files} if not any((folder / name).exists() for folder in folders) and OWN not in name]
     assert missing == []
     assert len(files) >= 5
 
