@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke test stress lint format bench clean
+.PHONY: help setup demo smoke test stress lint format docs bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ lint: setup  ## Ruff's checks, and that the formatting is Ruff's
 format: setup  ## format the code with Ruff
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+docs: setup  ## write the table of keys in cfg/README.md
+	$(PY) -m incremental_cifar.explain
 
 bench: setup  ## time a training step beside a bare loop
 	$(PY) bench.py

@@ -63,6 +63,7 @@ from incremental_cifar.config import (
     settled,
     with_whole_folders,
 )
+from incremental_cifar.explain import Explain
 from incremental_cifar.learning_curves import METRICS, STEPS_PER_WINDOW, LearningCurves, array_lengths
 from incremental_cifar.resnet import ResNet18, build_network
 from incremental_cifar.run_files import RESTART, RunFiles
@@ -293,7 +294,7 @@ class IncrementalCIFARExperiment(Experiment):
         network = build_network(self.random_seed, config.network_width)
         self.network: ResNet18 = network.to(self.device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(
-            self.network, config.stepsize, config.momentum, config.weight_decay, getattr(config, "decay_batch_norm", True)
+            self.network, config.stepsize, config.momentum, config.weight_decay, config.decay_batch_norm
         )
         algorithms = make_algorithms(config, self.network, self.optimizer, self.random_seed)
         self.training_step = TrainingStep(self.network, self.optimizer, config.precision, algorithms)
@@ -739,6 +740,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Config, list[int],
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help="settings that override the config's"
     )
+    parser.add_argument("--explain", nargs="+", action=Explain, metavar="KEY", help="say what settings mean (all: every one); no run")
     parsed = parser.parse_args(arguments)
     options = {name: getattr(parsed, name) for name in ("verbose", "restart", "without_models")}
     return load_config(parsed.config, parsed.overrides), parse_indices(parsed.experiment_index), options

@@ -30,6 +30,47 @@ class UserError(Exception):
 
 
 Auto = bool | str  # true, false, or "auto": what `settled` makes of it when the run starts
+Rule = tuple[Callable[[Any], bool], str]  # what a value must be beyond its type, and how to say so
+LARGEST_FLOAT32 = 3.4028234663852886e38
+DEVICE_NAMES = '"auto", "cpu", "cuda" or "cuda:N"'
+
+
+def is_device_name(name: str) -> bool:
+    return re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name) is not None
+
+
+def _is_folder_name(name: str) -> bool:
+    return name == "" or (not re.search(r"[/\\\0]", name) and name.strip(". ") != "" and len(name.encode()) <= 200)
+
+
+def _at_least(least: int) -> Rule:
+    return lambda value: value >= least, f"{least} or more"
+
+
+def _between(least: int, most: int) -> Rule:
+    return lambda value: least <= value <= most, f"from {least} to {most}"
+
+
+def _one_of(*choices: str) -> Rule:
+    return lambda value: value in choices, "one of " + ", ".join(f'"{choice}"' for choice in choices)
+
+
+_ANYTHING: Rule = (lambda _: True, "")
+_FOLDER_NAME: Rule = (_is_folder_name, "the name of one folder, of at most 200 bytes")
+_POSITIVE: Rule = (lambda value: value > 0, "greater than 0")
+_BELOW_1: Rule = (lambda value: 0 <= value < 1, "from 0 to below 1")
+_QUANTILE: Rule = (lambda value: 0 < value <= 1, "greater than 0, and at most 1")
+_IMAGES = _between(1, TRAIN_IMAGES_PER_CLASS - 1)
+
+
+def setting(default: Any, help: str, rule: Rule = _ANYTHING, **facts: str | bool) -> Any:
+    """A field of `Config` with all there is to know of its setting; help: what it means, in Markdown. facts, where there are any:
+
+    unit; method: the name of the method that it switches on, unless it is 0 or false; of: the key without which it has no effect;
+    size: it says what a run's files hold; free: it may change between the start of a run and its resumption, since it cannot change the
+    results (the device, their last bits; resuming elsewhere is allowed, with a warning).
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "rule": rule, **facts})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,52 +78,172 @@ class Config:
     """All settings of one run, complete and checked. Released keys keep their name and meaning (`cfg/README.md`)."""
 
     # Where things are
-    data_path: str = ""  # folder that holds (or will hold) cifar-100-python/; "": data/ beside the scripts
-    results_dir: str = ""  # folder of all experiments; "": results/ beside the scripts
-    experiment_name: str = ""  # folder of this experiment inside results_dir; "": the config file's name
-    num_workers: int = 0  # accepted so that released configs load; there are no workers, the images live on the device
-    debug: bool = True  # likewise without effect
+    data_path: str = setting("", "Folder for `cifar-100-python/`, or the files in it. Empty: `data/` beside the scripts.", free=True)
+    results_dir: str = setting("", "Folder of all experiments. Empty: `results/` beside the scripts.", free=True)
+    experiment_name: str = setting("", "Folder in `results_dir`. Empty: the config file's name without `.json`.", _FOLDER_NAME, free=True)
+    num_workers: int = setting(0, "Without effect, for released configs: all images live on the device.", _at_least(0), free=True)
+    debug: bool = setting(True, "Without effect, for released configs: there it turns off what is off anyway.", free=True)
 
     # The problem; the defaults are the paper's
-    dataset: str = "cifar100"  # "cifar100", or "synthetic": a built-in set of the same shape that needs no file
-    num_tasks: int = 20
-    classes_per_task: int = 5  # classes added with each task
-    epochs_per_task: int = 200
-    batch_size: int = 90  # images per step
-    train_images_per_class: int = 450  # those that follow the validation images in file order
-    validation_images_per_class: int = 50  # the first of a class's 500 training images in file order
-    test_images_per_class: int = 100  # the first in file order
-    augment_test_data: bool = False  # transform test images at random too, as the released code does
-    network_width: int = 64  # channels of the first stage; the others have 2, 4 and 8 times as many
+    dataset: str = setting(
+        "cifar100", "`synthetic`: built-in images in the same shape and number, without files.", _one_of("cifar100", "synthetic"), size=True
+    )
+    num_tasks: int = setting(20, "Tasks of the run; `num_tasks` x `classes_per_task` is at most 100.", _between(1, NUM_CLASSES), size=True)
+    classes_per_task: int = setting(5, "Classes that each task adds to the training set.", _between(1, NUM_CLASSES), size=True)
+    epochs_per_task: int = setting(200, "Length of a task.", _between(1, 100_000), unit="epochs", size=True)
+    batch_size: int = setting(
+        90, "Images per step. A last, smaller batch of an epoch is used.", _between(1, 50_000), unit="images", size=True
+    )
+    train_images_per_class: int = setting(
+        450, "Training images per class: those that follow the validation images in file order.", _IMAGES, unit="images", size=True
+    )
+    validation_images_per_class: int = setting(
+        50, "Validation images per class: the first of its 500 training images in file order.", _IMAGES, unit="images", size=True
+    )
+    test_images_per_class: int = setting(
+        100, "Test images per class: the first in file order.", _between(1, TEST_IMAGES_PER_CLASS), unit="images", size=True
+    )
+    augment_test_data: bool = setting(
+        False, "Transform test (not validation) images at random too, as the released code does; the paper transforms training images only."
+    )
+    network_width: int = setting(
+        64, "Channels of the first stage; the others have 2, 4 and 8 times as many.", _between(1, 1024), unit="channels", size=True
+    )
 
     # Stochastic gradient descent
-    stepsize: float = 0.1  # at the start of a task; x0.2 after 30 %, 60 % and 80 % of its epochs
-    weight_decay: float = 0.0005  # L2 penalty, on all parameters
-    momentum: float = 0.9
+    stepsize: float = setting(0.1, "Step size at the start of every task; x 0.2 after 30 %, 60 % and 80 % of its epochs.", _POSITIVE)
+    weight_decay: float = setting(0.0005, "L2 penalty, on all parameters (see `decay_batch_norm`).", _at_least(0))
+    decay_batch_norm: bool = setting(True, "Whether `weight_decay` and `l2_init` act on batch norm's weights and biases too.")
+    momentum: float = setting(0.9, "Momentum of SGD; kept across tasks.", _BELOW_1)
 
-    # Shrink and perturb (the shrinking is the weight decay)
-    noise_std: float = 0.0  # standard deviation of the noise added to every parameter after every step; 0: none
+    # Shrink and perturb
+    noise_std: float = setting(
+        0.0,
+        "Standard deviation of the Gaussian noise added to every parameter after every step (the shrinking is `weight_decay`); 0: none.",
+        _at_least(0),
+        method="Shrink and perturb",
+    )
 
     # Continual backpropagation
-    use_cbp: bool = False
-    replacement_rate: float = 0.0  # share of a layer's units that is reset per step
-    utility_function: str = "weight"  # "weight" or "contribution"
-    maturity_threshold: int = 0  # steps for which a reset unit is protected
-    running_average_utility: bool = False  # the paper's running average of feature magnitudes instead of the released code's sum
+    use_cbp: bool = setting(False, "Draw the least useful mature units anew, very few in a step.", method="Continual backpropagation")
+    replacement_rate: float = setting(
+        0.0, "Share of a layer's units that is reset; not 0.", _between(0, 1), unit="share per step", of="use_cbp"
+    )
+    utility_function: str = setting(
+        "weight",
+        "`weight`: mean absolute outgoing weight; `contribution`: that times the magnitude of the unit's feature.",
+        _one_of("weight", "contribution"),
+        of="use_cbp",
+    )
+    maturity_threshold: int = setting(
+        0, "Time after its reset (or the start) in which a unit cannot be reset; not 0.", _at_least(0), unit="steps", of="use_cbp"
+    )
+    running_average_utility: bool = setting(
+        False,
+        "Average the feature's magnitude with decay 0.99 and clear it at a reset, as the paper says. False: its sum, as released.",
+        of="use_cbp",
+    )
 
     # At the end of a task
-    reset_head: bool = False  # draw the output layer anew
-    reset_network: bool = False  # draw the whole network anew
-    early_stopping: bool = False  # first go back to the task's epoch of best validation accuracy
+    reset_head: bool = setting(False, "Draw the output layer anew at the end of every task but the last.", method="Head resetting")
+    reset_network: bool = setting(
+        False, "Draw all layers anew at the end of every task but the last; includes `reset_head`.", method="Retrained network"
+    )
+    fire_iterations: int = setting(
+        0,
+        "Newton-Schulz iterations that make the weights nearly orthogonal at the end of every task but the last; 0: none.",
+        _between(0, 100),
+        method="FIRE",
+    )
+    soft_reset: float = setting(
+        0.0,
+        "Share of the way that all parameters go back to their initial values at the end of every task but the last.",
+        _between(0, 1),
+        method="Soft reset",
+    )
+    early_stopping: bool = setting(
+        False, "At the end of a task, go back to its epoch of best validation accuracy (the first of equals), batch-norm buffers included."
+    )
+
+    # Methods of others
+    reinit_freq: int = setting(
+        0,
+        "Time between reinitialisations of weights; 0: none.",
+        _at_least(0),
+        unit="steps",
+        method="Selective weight reinitialization",
+    )
+    reinit_factor: float = setting(
+        0.0,
+        "How many weights: up to this times the mean utility of their tensor, or, if proportional, this share of them; not 0.",
+        _at_least(0),
+        of="reinit_freq",
+    )
+    swr_utility: str = setting(
+        "gradient",
+        "Utility of a weight: its size times its gradient's, or its size.",
+        _one_of("gradient", "magnitude"),
+        of="reinit_freq",
+    )
+    pruning_method: str = setting(
+        "threshold",
+        "Weights that are reinitialised in each tensor: all up to a threshold of utility, or a proportion, the least useful.",
+        _one_of("threshold", "proportional"),
+        of="reinit_freq",
+    )
+    reinit_strat: str = setting(
+        "resample",
+        "New weights: drawn as the initial ones, or the mean of these.",
+        _one_of("resample", "mean"),
+        of="reinit_freq",
+    )
+    redo_reinit_frequency: int = setting(0, "Time between resets of dormant units; 0: none.", _at_least(0), unit="steps", method="ReDo")
+    redo_reinit_threshold: float = setting(
+        0.0, "A unit is dormant if its mean activation is at most this times its layer's.", _at_least(0), of="redo_reinit_frequency"
+    )
+    l2_init: float = setting(0.0, "L2 penalty on the distance to the initial parameters; 0: none.", _at_least(0), method="L2 Init")
+    use_upgd: bool = setting(False, "Change useful weights less, and perturb the others; `momentum` must be 0.", method="UPGD")
+    upgd_beta_utility: float = setting(0.999, "Decay of the running average of utilities.", _BELOW_1, of="use_upgd")
+    upgd_sigma: float = setting(0.001, "Standard deviation of the noise added to gradients.", _at_least(0), of="use_upgd")
+    use_snr: bool = setting(False, "Reset units that are silent for longer than is usual for them.", method="Self-normalized resets")
+    snr_percentile: float = setting(0.99, "Quantile of a unit's times of silence that is its threshold.", _QUANTILE, of="use_snr")
+    snr_first_threshold: int = setting(111, "Threshold of every unit at the start.", _between(1, 10_000), unit="steps", of="use_snr")
+    snr_max_threshold: int = setting(222, "Largest threshold, not below the first.", _between(1, 10_000), unit="steps", of="use_snr")
+    snr_update_frequency: int = setting(1000, "Time between updates of the thresholds.", _at_least(1), unit="steps", of="use_snr")
 
     # How it is computed
-    checkpoint_save_frequency: int = 0  # epochs between checkpoints; 0: one task
-    device: str = "auto"  # "auto": the first GPU if there is one; "cpu", "cuda", "cuda:N"
-    precision: str = "tf32"  # "tf32" (as released; on a CPU the same as fp32), "fp32" or "bf16"
-    compile_network: Auto = False  # fuse the network's operations with torch.compile: other last bits, a minute more at the start
-    fold_batch_norm: Auto = "auto"  # evaluate with batch norm made part of the convolutions: other last bits of losses
-    cuda_graphs: bool = True  # on a GPU, record a step once and replay it: the same results, faster
-    deterministic: bool = True  # the same index gives the same results, to the bit, on the same machine
+    combine: bool = setting(False, "Allow methods at once of which not all are the paper's.", free=True)
+    checkpoint_save_frequency: int = setting(0, "Time between checkpoints; 0: one task.", _at_least(0), unit="epochs", free=True)
+    device: str = setting(
+        "auto",
+        "`auto`: the first GPU, or the CPU. Where a run is resumed elsewhere, exactness to the bit ends.",
+        (is_device_name, DEVICE_NAMES),
+        free=True,
+    )
+    precision: str = setting(
+        "tf32",
+        "`tf32`: TF32 in convolutions, as released (on a CPU: `fp32`); `bf16`: bfloat16 in these and in products, on float32 weights.",
+        _one_of("tf32", "fp32", "bf16"),
+    )
+    compile_network: Auto = setting(
+        False,
+        "Fuse the network's operations with `torch.compile`: other last bits, and about a minute more at the start. Needs a C++ compiler "
+        "(CPU) or Triton (GPU). `auto`: on a GPU where Triton is there, unless compiling fails. A run keeps what it began with.",
+    )
+    fold_batch_norm: Auto = setting(
+        "auto",
+        "Evaluate (not train) with batch norm made part of the convolutions: faster on a GPU, and other last bits of losses (very rarely "
+        "of an accuracy, and so of the epoch that early stopping takes). `auto`: on a GPU. A run keeps what it began with.",
+    )
+    cuda_graphs: bool = setting(True, "On a GPU, record a step once and replay it: the same results, faster.", free=True)
+    deterministic: bool = setting(
+        True, "The same index gives the same results on the same machine, to the bit. False: cuDNN chooses its kernels by timing them."
+    )
+
+    @property
+    def methods(self) -> list[str]:
+        """Names of the methods that are on, in the order of their fields; resetting the network includes its head, and counts once."""
+        return [name for name, key in METHODS.items() if getattr(self, key) and not (key == "reset_head" and self.reset_network)]
 
     @property
     def num_epochs(self) -> int:
@@ -116,80 +277,10 @@ class Config:
 # In one process: PyTorch has 32 streams to give to it, and a run takes three; two runs that shared one would not be exact any more.
 MOST_RUNS_PER_GPU = 10
 
-# Keys that may change between the start of a run and its resumption, since they cannot change the results (of the device, the
-# last bits: resuming elsewhere is allowed, with a warning).
-FREE_KEYS = frozenset(
-    {"data_path", "results_dir", "experiment_name", "num_workers", "debug", "checkpoint_save_frequency", "device", "cuda_graphs"}
-)
-
 # What runs did that were started before a setting existed, where it is not the default.
 BEFORE_THEY_EXISTED = {"fold_batch_norm": False}
 
-# The settings that say what a run's files hold. The released code stores none of them: then the paper's hold, which are the defaults.
-SIZE_KEYS = (
-    "dataset",
-    "num_tasks",
-    "classes_per_task",
-    "epochs_per_task",
-    "batch_size",
-    "train_images_per_class",
-    "validation_images_per_class",
-    "test_images_per_class",
-    "network_width",
-)
-
 FOLDER_KEYS = ("data_path", "results_dir")
-
-DEVICE_NAMES = '"auto", "cpu", "cuda" or "cuda:N"'
-
-
-def is_device_name(name: str) -> bool:
-    return re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name) is not None
-
-
-LARGEST_FLOAT32 = 3.4028234663852886e38
-Rule = tuple[Callable[[Any], bool], str]
-
-
-def _at_least(least: int) -> Rule:
-    return lambda value: value >= least, f"{least} or more"
-
-
-def _between(least: int, most: int) -> Rule:
-    return lambda value: least <= value <= most, f"from {least} to {most}"
-
-
-def _one_of(*choices: str) -> Rule:
-    return lambda value: value in choices, "one of " + ", ".join(f'"{choice}"' for choice in choices)
-
-
-# What a value must be beyond its type, and how to say so.
-RULES: dict[str, Rule] = {
-    "experiment_name": (
-        lambda value: value == "" or (not re.search(r"[/\\\0]", value) and value.strip(". ") != "" and len(value.encode()) <= 200),
-        "the name of one folder, of at most 200 bytes",
-    ),
-    "num_workers": _at_least(0),
-    "dataset": _one_of("cifar100", "synthetic"),
-    "num_tasks": _between(1, NUM_CLASSES),
-    "classes_per_task": _between(1, NUM_CLASSES),
-    "epochs_per_task": _between(1, 100_000),
-    "batch_size": _between(1, NUM_CLASSES * TRAIN_IMAGES_PER_CLASS),
-    "train_images_per_class": _between(1, TRAIN_IMAGES_PER_CLASS - 1),
-    "validation_images_per_class": _between(1, TRAIN_IMAGES_PER_CLASS - 1),
-    "test_images_per_class": _between(1, TEST_IMAGES_PER_CLASS),
-    "network_width": _between(1, 1024),
-    "stepsize": (lambda value: value > 0, "greater than 0"),
-    "weight_decay": _at_least(0),
-    "momentum": (lambda value: 0 <= value < 1, "from 0 to below 1"),
-    "noise_std": _at_least(0),
-    "replacement_rate": (lambda value: 0 <= value <= 1, "from 0 to 1"),
-    "utility_function": _one_of("weight", "contribution"),
-    "maturity_threshold": _at_least(0),
-    "checkpoint_save_frequency": _at_least(0),
-    "device": (is_device_name, DEVICE_NAMES),
-    "precision": _one_of("tf32", "fp32", "bf16"),
-}
 
 TYPE_NAMES = {
     str: "a string",
@@ -202,6 +293,13 @@ TYPE_NAMES = {
     dict: "an object",
 }
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+RULES: dict[str, Rule] = {key: field.metadata["rule"] for key, field in FIELDS.items()}
+METHODS = {field.metadata["method"]: key for key, field in FIELDS.items() if "method" in field.metadata}
+# The released code has these combined freely.
+PAPER_METHODS = {"Shrink and perturb", "Continual backpropagation", "Head resetting", "Retrained network"}
+FREE_KEYS = frozenset(key for key, field in FIELDS.items() if "free" in field.metadata)
+# The released code stores none of these: then the paper's hold, which are the defaults.
+SIZE_KEYS = tuple(key for key, field in FIELDS.items() if "size" in field.metadata)
 
 
 def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Config:
@@ -211,7 +309,7 @@ def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Confi
     with one line if the file cannot be read or any setting in it, or in `overrides`, cannot be used.
     """
     settings = read_json(Path(path))
-    is_completed = settings.keys() >= {"_source", *FIELDS}
+    is_completed = settings.keys() >= {"_source", *FOLDER_KEYS, *SIZE_KEYS}  # maybe before some of the other keys existed
     overriding: dict[str, Any] = {}
     for override in overrides:
         key, value = _parse_override(override)
@@ -233,8 +331,7 @@ def make_config(settings: dict[str, Any], source: str, experiment_name: str = "e
     """
     values = {key: value for key, value in settings.items() if not key.startswith("_")}
     for key, value in values.items():
-        if key not in FIELDS:
-            raise UserError(f'{source}: unknown key "{key}"{_did_you_mean(key)}; cfg/README.md lists the keys')
+        check_key(key, source)
         values[key] = _checked(key, value, source)
     defaults = {
         "experiment_name": experiment_name,
@@ -248,6 +345,14 @@ def make_config(settings: dict[str, Any], source: str, experiment_name: str = "e
     config = Config(**values)
     _check_combinations(config, source)
     return config
+
+
+def check_key(key: str, source: str) -> None:
+    """Raise UserError, naming `source` and the nearest key, if there is no such setting."""
+    if key not in FIELDS:
+        close = difflib.get_close_matches(key, FIELDS, n=1)
+        hint = f'; did you mean "{close[0]}"?' if close else ""
+        raise UserError(f'{source}: unknown key "{key}"{hint}; cfg/README.md lists the keys')
 
 
 def with_whole_folders(settings: dict[str, Any], source: str) -> dict[str, Any]:
@@ -362,8 +467,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f'--set: expected KEY=VALUE, got "{override}"')
-    if key not in FIELDS:
-        raise UserError(f'--set: unknown key "{key}"{_did_you_mean(key)}; cfg/README.md lists the keys')
+    check_key(key, "--set")
     if FIELDS[key].type is str:
         return key, _checked(key, text, "--set")
     value: Any = text  # a string where none belongs: the check below says what does
@@ -380,7 +484,7 @@ def _checked(key: str, value: Any, source: str) -> Any:
     shown = json.dumps(value) if len(json.dumps(value)) <= 60 else json.dumps(value)[:57] + "..."
     if expected is int and type(value) is float and value.is_integer():
         value = int(value)
-    rule_holds, rule = RULES.get(key, (lambda _: True, ""))
+    rule_holds, rule = RULES[key]
     wanted = TYPE_NAMES[expected] + (f", {rule}" if rule else "")
     right_type = type(value) is expected or (expected is float and type(value) is int)
     right_type |= expected == Auto and (type(value) is bool or value == "auto")
@@ -413,12 +517,20 @@ def _check_combinations(config: Config, source: str) -> None:
             f"{source}: train_images_per_class {config.train_images_per_class} + validation_images_per_class "
             f"{config.validation_images_per_class} is {images}; a class has {TRAIN_IMAGES_PER_CLASS} training images"
         )
-    if config.use_cbp and config.replacement_rate == 0:
-        raise UserError(f"{source}: use_cbp is true but replacement_rate is 0; it must be greater than 0 (the paper: 1e-5)")
-    if config.use_cbp and config.maturity_threshold == 0:
-        raise UserError(f"{source}: use_cbp is true but maturity_threshold is 0; it must be 1 or more (the paper: 1000)")
-
-
-def _did_you_mean(key: str) -> str:
-    close = difflib.get_close_matches(key, FIELDS, n=1)
-    return f'; did you mean "{close[0]}"?' if close else ""
+    for switch, key, right in (
+        ("use_cbp", "replacement_rate", "greater than 0 (the paper: 1e-5)"),
+        ("use_cbp", "maturity_threshold", "1 or more (the paper: 1000)"),
+        ("reinit_freq", "reinit_factor", "greater than 0 (its authors: 0.0005)"),
+    ):
+        if (value := getattr(config, switch)) and getattr(config, key) == 0:
+            raise UserError(f"{source}: {switch} is {json.dumps(value)} but {key} is 0; it must be {right}")
+    if config.reinit_freq and config.pruning_method == "proportional" and config.reinit_factor > 1:
+        raise UserError(f'{source}: pruning_method is "proportional" but reinit_factor is {config.reinit_factor}; it must be at most 1')
+    if config.use_upgd and config.momentum:
+        raise UserError(f"{source}: use_upgd is true but momentum is {config.momentum}; it must be 0: UPGD has none")
+    first, most = config.snr_first_threshold, config.snr_max_threshold
+    if config.use_snr and first > most:
+        raise UserError(f"{source}: snr_first_threshold is {first} but snr_max_threshold is {most}; it must be {first} or more")
+    if len(config.methods) > 1 and not config.combine and not PAPER_METHODS.issuperset(config.methods):
+        methods = " and ".join(f"{name} ({METHODS[name]})" for name in config.methods)
+        raise UserError(f"{source}: {methods} are on at once; turn all but one off, or set combine to true if that is meant")

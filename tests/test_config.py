@@ -1,13 +1,25 @@
 import json
+import shutil
 
 import pytest
-from conftest import ALGORITHMS, REPOSITORY
+from conftest import ALGORITHMS, REFERENCE, REPOSITORY
 
 import incremental_cifar_experiment
 from incremental_cifar.command_line import run_script
-from incremental_cifar.config import FIELDS, RULES, Config, UserError, differing_keys, load_config, make_config, read_sizes, settled
+from incremental_cifar.config import (
+    FIELDS,
+    METHODS,
+    Config,
+    UserError,
+    differing_keys,
+    load_config,
+    make_config,
+    read_sizes,
+    settled,
+)
+from incremental_cifar.explain import BEGIN, END, README, table
 from incremental_cifar.run_files import RunFiles
-from incremental_cifar.sweep_plan import grid_points
+from incremental_cifar.sweep_plan import grid_points, plan
 
 PAPER = {"stepsize": 0.1, "weight_decay": 0.0005, "momentum": 0.9, "early_stopping": True}
 EXPECTED = {
@@ -40,14 +52,105 @@ def test_each_config_is_the_papers_algorithm(algorithm):
     assert config.epochs_per_checkpoint == 200
 
 
-def test_every_field_is_documented_with_its_default():
-    text = (REPOSITORY / "cfg" / "README.md").read_text().split("## Every key")[1]
-    rows = {line.split("|")[1].strip().strip("`"): line for line in text.splitlines() if line.startswith("| `")}
-    assert set(rows) == set(FIELDS)
-    for key, field in FIELDS.items():
-        default = rows[key].split("|")[3].strip().strip("`")
-        assert json.loads(default) == field.default, key
-    assert set(RULES) <= set(FIELDS)
+def test_the_readmes_table_is_that_of_the_fields():
+    assert README.read_text().partition(BEGIN)[2].partition(END)[0] == table(), "make docs writes it"
+    assert {line.count(" | ") for line in table().splitlines()} == {3}
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_a_field_says_what_is_true(key):
+    facts = FIELDS[key].metadata
+    assert facts.keys() <= {"help", "rule", "unit", "method", "of", "size", "free"} and facts["help"].endswith(".")
+    assert facts.get("of", "use_cbp") in METHODS.values()
+    assert getattr(make_config({key: FIELDS[key].default}, "default"), key) == (
+        FIELDS[key].default or getattr(make_config({}, "none"), key)
+    )
+    assert "method" not in facts or not FIELDS[key].default
+
+
+def explained(capsys, *keys) -> list[str]:
+    with pytest.raises(SystemExit) as ended:
+        run_script(incremental_cifar_experiment.main, ["--explain", *keys])
+    assert ended.value.code == 0
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("keys", "lines"),
+    [
+        (
+            ["maturity_threshold"],
+            [
+                "maturity_threshold: integer, steps, 0 or more, only with use_cbp; default 0",
+                "    Time after its reset (or the start) in which a unit cannot be reset; not 0.",
+            ],
+        ),
+        (
+            ["l2_init", "combine"],
+            [
+                "l2_init: number, 0 or more; default 0.0",
+                "    L2 Init. L2 penalty on the distance to the initial parameters; 0: none.",
+                "combine: true or false, free; default false",
+                "    Allow methods at once of which not all are the paper's.",
+            ],
+        ),
+    ],
+)
+def test_settings_are_explained_without_a_config(capsys, keys, lines):
+    assert explained(capsys, *keys) == lines
+
+
+def test_all_settings_are_explained(capsys):
+    assert [line.partition(":")[0] for line in explained(capsys, "all")[::2]] == list(FIELDS)
+
+
+SWR = {"reinit_freq": 128, "reinit_factor": 0.0005}
+CBP = EXPECTED["continual_backpropagation"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "methods"),
+    [
+        ({}, []),
+        ({"reset_network": True, "reset_head": True}, ["Retrained network"]),
+        ({"reset_head": True, **CBP, "noise_std": 1e-5}, ["Shrink and perturb", "Continual backpropagation", "Head resetting"]),
+        ({"weight_decay": 0, "decay_batch_norm": False, "l2_init": 0.001}, ["L2 Init"]),
+        ({"redo_reinit_frequency": 1000}, ["ReDo"]),
+        ({"use_snr": True}, ["Self-normalized resets"]),
+        ({"use_upgd": True, "momentum": 0, "soft_reset": 0.8, "combine": True}, ["Soft reset", "UPGD"]),
+        (
+            {"reset_network": True, "fire_iterations": 10, **SWR, "combine": True},
+            ["Retrained network", "FIRE", "Selective weight reinitialization"],
+        ),
+    ],
+)
+def test_methods_that_are_on(settings, methods):
+    config = make_config(settings, "test")
+    assert config.methods == methods
+    assert differing_keys(config, make_config(settings | {"combine": True}, "test")) == []
+
+
+def test_what_was_stored_before_other_methods_existed_is_the_same_as_ever(tmp_path, monkeypatch):
+    """The config of a run, and the one that a sweep completed, whose folders stay as they are."""
+    stored = json.loads((REFERENCE / "stored_config.json").read_text())
+    assert "use_cbp" in stored and {"combine", "l2_init", "use_upgd"}.isdisjoint(stored)
+    folder = tmp_path / "continual_backpropagation"
+    (folder / "config_files").mkdir(parents=True)
+    shutil.copy(REFERENCE / "stored_config.json", folder / "config_files" / "index-0.json")
+    source = str(REPOSITORY / "cfg" / "continual_backpropagation.json")
+    before, now = RunFiles(folder, 0).load_config(), settled(load_config(source, ["data_path=/data", "results_dir=/results"]), None, False)
+    assert before == now and differing_keys(before, now) == []
+
+    monkeypatch.setenv("SCRATCH", "/elsewhere")
+    frozen = {"_source": source} | {key: value for key, value in stored.items() if key != "_environment"}
+    frozen |= {"results_dir": str(tmp_path), "data_path": "/$SCRATCH/data"}
+    (folder / "sweep").mkdir()
+    (folder / "sweep" / "config.json").write_text(json.dumps(frozen))
+    assert load_config(folder / "sweep" / "config.json").data_path == "/$SCRATCH/data"
+    overrides = [f"results_dir={tmp_path}"]
+    assert len(plan([source], overrides, [], [0])) == 1
+    with pytest.raises(UserError, match=r"l2_init \(0\.0 there, 0\.1 here\)"):
+        plan([source], [*overrides, "l2_init=0.1", "combine=true"], [], [0])
 
 
 def test_a_config_in_the_released_form_loads_unchanged(tmp_path):
@@ -183,6 +286,28 @@ BAD_CONFIGS = {
     "too many images": ('{"train_images_per_class": 460}', "is 510; a class has 500 training images"),
     "no rate": ('{"use_cbp": true, "maturity_threshold": 5}', "use_cbp is true but replacement_rate is 0"),
     "no maturity": ('{"use_cbp": true, "replacement_rate": 0.1}', "use_cbp is true but maturity_threshold is 0"),
+    "no factor": ('{"reinit_freq": 128}', "reinit_freq is 128 but reinit_factor is 0; it must be greater than 0"),
+    "more than all": (
+        '{"reinit_freq": 9, "reinit_factor": 1.5, "pruning_method": "proportional"}',
+        'pruning_method is "proportional" but reinit_factor is 1.5; it must be at most 1',
+    ),
+    "no such utility": ('{"swr_utility": "contribution"}', 'one of "gradient", "magnitude"'),
+    "UPGD with momentum": ('{"use_upgd": true}', "use_upgd is true but momentum is 0.9; it must be 0"),
+    "quantile of 0": ('{"snr_percentile": 0}', "snr_percentile is 0; it must be a number, greater than 0, and at most 1"),
+    "first above largest": (
+        '{"use_snr": true, "snr_first_threshold": 300}',
+        "snr_first_threshold is 300 but snr_max_threshold is 222; it must be 300 or more",
+    ),
+    "too many iterations": ('{"fire_iterations": 101}', "fire_iterations is 101; it must be an integer, from 0 to 100"),
+    "more than back": ('{"soft_reset": 1.1}', "soft_reset is 1.1; it must be a number, from 0 to 1"),
+    "two methods": (
+        '{"l2_init": 0.1, "noise_std": 1e-5}',
+        "Shrink and perturb (noise_std) and L2 Init (l2_init) are on at once; turn all but one off, or set combine to true",
+    ),
+    "three methods": (
+        '{"redo_reinit_frequency": 9, "reset_network": true, "reset_head": true, "soft_reset": 1}',
+        "Retrained network (reset_network) and Soft reset (soft_reset) and ReDo (redo_reinit_frequency) are on at once",
+    ),
     "name with a folder": ('{"experiment_name": "../../etc"}', "the name of one folder"),
     "key twice": ('{"stepsize": 0.1, "stepsize": 0.2}', 'key "stepsize" appears twice'),
     "not JSON": ('{"stepsize": 0.1,}', "not valid JSON"),
@@ -235,6 +360,7 @@ BAD_COMMAND_LINES = {
     "infinitely many": (["--config", "c.json", "--set", "num_tasks=inf"], "num_tasks is Infinity; it must be an integer, from 1 to 100"),
     "half a task": (["--config", "c.json", "--set", "num_tasks=+.5"], "num_tasks is 0.5; it must be an integer, from 1 to 100"),
     "override out of range": (["--config", "c.json", "--set", "momentum=1"], "from 0 to below 1"),
+    "explanation of an unknown key": (["--explain", "stepsize", "l2_innit"], '--explain: unknown key "l2_innit"; did you mean "l2_init"?'),
     "override twice": (["--config", "c.json", "--set", "stepsize=1", "stepsize=2"], 'key "stepsize" appears twice'),
     "name too long for a folder": (["--config", "c.json", "--set", "results_dir=" + "e" * 300], "File name too long"),
     "capitalised boolean": (["--config", "c.json", "--set", "use_cbp=True"], 'use_cbp is "True"; it must be true or false'),
