@@ -4,7 +4,9 @@ Figures are laid out in inches, so that text of a given size fits whatever the d
 window system is needed, and `rc_context(STYLE)` surrounds whatever draws.
 """
 
+import itertools
 import textwrap
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -23,7 +25,7 @@ from plots.plain_matplotlib import (
     Text,
 )
 from plots.published_curves import PublishedCurve
-from plots.run_results import RETRAINED, Curve, Metric, algorithm_label, mean_and_standard_error
+from plots.run_results import METHOD_LABELS, RETRAINED, Curve, Metric, algorithm_label, mean_and_standard_error
 
 STYLE = DEFAULTS | {
     "font.family": FONT,
@@ -55,9 +57,9 @@ COLOURS = {
     "shrink_and_perturb": "#ff7f0e",
     "retrained_network": "#7f7f7f",
 }
-# For other names: from the palettes of Okabe and Ito and of Tol, those that stay apart from each other and from the paper's colours in
-# normal, red-blind and green-blind vision (CIELAB distance 12 or more, simulated after Machado).
-FURTHER_COLOURS = ("#000000", "#56b4e9", "#332288", "#ddcc77", "#882255", "#ee99aa")
+# For other names: from the palettes of Okabe and Ito and of Tol, and two more, those that stay apart from each other and from the paper's
+# colours in normal, red-blind and green-blind vision (CIELAB distance 12 or more, simulated after Machado).
+FURTHER_COLOURS = ("#000000", "#56b4e9", "#332288", "#ddcc77", "#882255", "#ee99aa", "#8c564b", "#0000ff")
 
 GREY = "#555555"
 NOTE_SIZE = 5.5  # points
@@ -75,18 +77,22 @@ class Stroke(NamedTuple):
 def strokes(algorithms: Iterable[str]) -> dict[str, Stroke]:
     """A stroke for each algorithm, no two alike: the paper's colours, then further colours, then these with ever longer dash-dots.
 
-    Plain dashes stay free for the paper's curves.
+    A method of the config has its place in that order, whatever else is drawn; any other name one that its letters choose, or the next
+    that is free. Plain dashes stay free for the paper's curves.
     """
-    chosen = {}
-    num_others = 0
-    for algorithm in algorithms:
-        if algorithm in COLOURS:
-            chosen[algorithm] = Stroke(COLOURS[algorithm])
-        elif algorithm not in chosen:
-            repeats, colour = divmod(num_others, len(FURTHER_COLOURS))
-            line_style = (0.0, (2.0 * repeats + 3.0, 1.5, 1.0, 1.5)) if repeats else "-"
-            chosen[algorithm] = Stroke(FURTHER_COLOURS[colour], line_style)
-            num_others += 1
+    chosen, taken = {}, set()
+    methods = [name for name in METHOD_LABELS if name not in COLOURS]
+    num_colours = len(FURTHER_COLOURS)
+    for name in sorted(set(algorithms), key=lambda name: (name not in methods, name)):
+        if name in COLOURS:
+            chosen[name] = Stroke(COLOURS[name])
+            continue
+        first = zlib.crc32(name.encode(errors="surrogatepass"))
+        places = (turn * num_colours + (first + number) % num_colours for turn in itertools.count() for number in range(num_colours))
+        place = methods.index(name) if name in methods else next(place for place in places if place not in taken)
+        taken.add(place)
+        repeats, colour = divmod(place, num_colours)
+        chosen[name] = Stroke(FURTHER_COLOURS[colour], (0.0, (2.0 * repeats + 3.0, 1.5, 1.0, 1.5)) if repeats else "-")
     return chosen
 
 
@@ -134,14 +140,20 @@ def epoch_axis(axes: Axes, num_epochs: int) -> None:
 
 
 def limit_to_possible_values(axes: Axes, metric: Metric) -> None:
-    """End the vertical axis where values end; lines there are drawn whole. Where all are 0 %, show 0 to 1 % and no blown-up nothing."""
+    """End the vertical axis where values end; lines there are drawn whole. Where all are 0 %, show 0 to 1 % and no blown-up nothing.
+
+    Of a plain metric nothing is known but what is there: without a value below 0, the axis ends at 0 too.
+    """
     axes.autoscale_view(scalex=False)
     bottom, top = axes.get_ylim()
-    least, most = (-100.0 if metric.is_relative else 0.0), (np.inf if metric.kind == "plain" else 100.0)
+    lines = axes.get_lines()
+    is_negative = any(np.nanmin(line.get_ydata()) < 0 for line in lines)
+    least = -100.0 if metric.is_relative else -np.inf if metric.kind == "plain" and is_negative else 0.0
+    most = np.inf if metric.kind == "plain" else 100.0
     if bottom < 0 and metric.kind == "fraction" and not metric.is_relative:
         top = max(top, 1.0)
     axes.set_ylim(max(bottom, least), min(top, most))
-    for line in axes.get_lines():
+    for line in lines:
         line.set_clip_on(False)
 
 
@@ -244,7 +256,7 @@ def published_handle() -> Line2D:
 # --- Names at the curves' ends ---------------------------------------------------------------------------------------------------
 
 
-def label_ends(axes: Axes, lines: dict[str, Line2D], size: float = 6.0) -> None:
+def label_ends(axes: Axes, named: Sequence[tuple[str, Line2D]], size: float = 6.0) -> None:
     """Write each name right of the axes, in its line's colour: level with the line's end, or as near as the other names allow.
 
     A dotted pointer leads from the end to the name. Names are in the order of the ends, so that pointers of complete curves do not cross.
@@ -252,26 +264,26 @@ def label_ends(axes: Axes, lines: dict[str, Line2D], size: float = 6.0) -> None:
     """
     bottom, top = axes.get_ylim()
     beside = axes.transAxes + ScaledTranslation(9 / 72, 0, axes.figure.dpi_scale_trans)
-    ends = {}
-    for name, line in lines.items():
+    ends = []
+    for name, line in named:
         is_across = line.get_transform() != axes.transData  # its x is a fraction of the axes' width
         there = np.flatnonzero(np.isfinite(line.get_ydata()))[-1]
-        ends[name] = (axes.get_xlim()[1] if is_across else line.get_xdata()[there]), line.get_ydata()[there]
-    names = sorted(lines, key=lambda name: ends[name][1])
+        ends.append((name, line, (axes.get_xlim()[1] if is_across else line.get_xdata()[there], line.get_ydata()[there])))
+    ends.sort(key=lambda end: end[2][1])
     texts = [
         axes.annotate(
             name,
-            ends[name],
+            point,
             xytext=(1, 0),
             textcoords=beside,
-            color=lines[name].get_color(),
+            color=line.get_color(),
             fontsize=size,
             va="center",
             linespacing=0.95,
             annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-",
-                "color": lines[name].get_color(),
+                "color": line.get_color(),
                 "linewidth": 0.6,
                 "linestyle": (0, (1, 1)),
                 "shrinkA": 1,
@@ -279,11 +291,11 @@ def label_ends(axes: Axes, lines: dict[str, Line2D], size: float = 6.0) -> None:
                 "relpos": (0, 0.5),
             },
         )
-        for name in names
+        for name, line, point in ends
     ]
     renderer = axes.figure.canvas.get_renderer()
     heights = np.array([Text.get_window_extent(text, renderer).height for text in texts]) / axes.get_window_extent(renderer).height
-    wanted = np.array([(ends[name][1] - bottom) / (top - bottom) for name in names])
+    wanted = np.array([(point[1] - bottom) / (top - bottom) for _, _, point in ends])
     for text, height in zip(texts, spread(wanted, 1.08 * heights), strict=True):
         text.set_position((1, height))
 

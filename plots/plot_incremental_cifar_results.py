@@ -43,15 +43,21 @@ from plots.output_files import SUFFIXES, check_figure_path, write_figure
 from plots.plain_matplotlib import Artist, Figure, rc_context
 from plots.published_curves import PublishedCurve, read_published_curves
 from plots.run_results import (
+    METRIC_ENDINGS,
     METRICS,
+    RELATIVE,
     RETRAINED,
     Metric,
     MetricCurves,
     add_results_argument,
     algorithm_label,
+    algorithm_names,
+    axis_text,
+    find_metrics,
     flattened,
     legible,
     make_curves,
+    metric_of,
     read_runs,
     size_differences,
 )
@@ -98,7 +104,7 @@ def draw_metric(
     else:
         number_of_classes_axis(axes, np.unique(np.concatenate([shown.axis, *(curve.number_of_classes for curve in beneath.values())])))
     limit_to_possible_values(axes, metric)
-    axes.set_ylabel(metric.axis_label.format(units=shown.num_units))
+    axes.set_ylabel(axis_text(metric, shown.num_units))
     if metric.images:
         axes.set_title(metric.images, loc="left")
     left = room_beside(axes)[0] + 0.05
@@ -121,13 +127,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, checked as far as that needs no results. Raises UserError."""
     parser = OneLineArgumentParser(description="Draw one metric of stored runs: mean and +- 1 standard error per algorithm.")
     add_results_argument(parser)
-    parser.add_argument("--metric", required=True, choices=METRICS, help="what to draw")
+    endings = " or ".join("*" + ending for ending in METRIC_ENDINGS)
+    parser.add_argument("--metric", required=True, metavar="NAME", help=f"what to draw: a run's folder {endings}, or {RELATIVE}")
     parser.add_argument("--algorithms", metavar="A,B,C", help="folders, in the order of the legend (default: all that have the metric)")
     parser.add_argument("--output", type=Path, metavar="PATH", help=f"file to write, {SUFFIXES} (default <metric>.svg beside this script)")
     parser.add_argument("--per-epoch", action="store_true", help="draw every epoch instead of the best of each task")
     parser.add_argument("--published", action="store_true", help="draw the paper's curves beneath, thin and dashed")
     parsed = parser.parse_args(arguments)
-    metric = METRICS[parsed.metric]
+    metric = metric_of(parsed.metric)
     if parsed.per_epoch and not metric.per_epoch:
         raise UserError(f"--per-epoch: {parsed.metric} has one value per task")
     if parsed.published and not metric.published:
@@ -142,27 +149,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def algorithm_names(text: str) -> list[str]:
-    """Names of folders, separated by commas. Raises UserError unless each is one folder's name and none appears twice."""
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise UserError(f'--algorithms: expected names of folders in --results_dir, separated by commas, got "{text}"')
-        if names.count(name) > 1:
-            raise UserError(f"--algorithms: {name} appears twice")
-    return names
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
-    metric = METRICS[parsed.metric]
-    runs = read_runs(parsed.results_dir, metric, parsed.algorithms)
+    metric = metric_of(parsed.metric)
+    is_folder_of_values = metric.folder.endswith(METRIC_ENDINGS) and "/" not in metric.folder
+    runs = read_runs(parsed.results_dir, metric, parsed.algorithms) if is_folder_of_values else {}
     writer = "incremental_cifar_experiment.py" if metric.per_epoch else "post_run_analysis.py"
+    if not runs:
+        hint = f" ({writer} writes it)" * (parsed.metric in METRICS)
+        there = ", ".join(find_metrics(parsed.results_dir)) or "nothing that can be drawn"
+        raise UserError(f"{parsed.results_dir}: no algorithm here has {metric.folder}{hint}; what there is: {there}")
     for algorithm in [*(parsed.algorithms or []), *([RETRAINED] if metric.is_relative else [])]:
         if algorithm not in runs:
             raise UserError(f"{parsed.results_dir / algorithm / metric.folder}: no run's metric here, and it is needed; {writer} writes it")
-    if not runs:
-        raise UserError(f"{parsed.results_dir}: no algorithm here has {metric.folder}; {writer} writes it")
     shown = make_curves(runs, metric, parsed.per_epoch)
     if not shown.curves:
         raise UserError(f"{parsed.results_dir}: nothing to draw yet of {parsed.metric}: {'; '.join(shown.remarks) or 'only ' + RETRAINED}")

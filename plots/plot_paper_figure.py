@@ -3,13 +3,13 @@
     python plots/plot_paper_figure.py --results_dir results/
 
 Writes paper_figure and test_accuracy_figure, each as .png and .svg, beside this script or to `--output-dir`. Curves are means over runs,
-bands +- 1 standard error, and algorithms have the paper's names and colours, written at the curves' ends. What is not there yet is left
-out, and said so. As in the paper, the retrained network has no curve of dormant units and rank, and algorithms of other names have none at
-all: plot_incremental_cifar_results.py draws those.
+bands +- 1 standard error, and names are written at the curves' ends. Without `--algorithms` they are the paper's. What is not there yet is
+left out, and said so. As in the paper, the retrained network has no curve of dormant units and rank.
 """
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,34 +42,31 @@ from plots.output_files import write_figure
 from plots.plain_matplotlib import Axes, Figure, rc_context
 from plots.run_results import (
     ALGORITHM_LABELS,
-    METRICS,
+    RELATIVE,
     RETRAINED,
+    TEST_ACCURACY,
     MetricCurves,
     add_output_argument,
     add_results_argument,
+    algorithm_folders,
     algorithm_label,
+    algorithm_names,
+    axis_text,
     make_curves,
+    metric_of,
     read_runs,
 )
 
-PANELS = ("relative_accuracy_per_epoch", "next_task_dormant_units_analysis", "next_task_stable_rank_analysis")
+PANELS = (RELATIVE, "next_task_dormant_units_analysis", "next_task_stable_rank_analysis")
 LETTERS = ("a", "b", "c")
-TEST_ACCURACY = "test_accuracy_per_epoch"
 STEMS = ("paper_figure", "test_accuracy_figure")
-
-# Names as they stand at the curves, in lines short enough for a panel.
-NAMES = {
-    "base_deep_learning_system": "Base deep\nlearning system",
-    "continual_backpropagation": "Continual\nbackpropagation",
-    "head_resetting": "Head\nresetting",
-    "shrink_and_perturb": "Shrink and\nperturb",
-    "retrained_network": "Retrained\nnetwork",
-}
+LINE_HEIGHT = 0.105  # inches that a line of a name takes
 
 
 def draw_three_panels(panels: dict[str, MetricCurves], notes: Sequence[str] = ()) -> Figure:
     """Three panels side by side at full page width; a panel without a curve says so. panels: metric to what is there."""
-    bottom, height, margin, gap = 0.42, 1.85, 0.05, 0.1  # inches
+    bottom, margin, gap = 0.42, 0.05, 0.1  # inches
+    height = max(1.85, *map(names_height, panels.values()))
     note_lines = wrapped(notes, FULL_WIDTH - 0.2)
     foot = notes_height(note_lines)
     figure = new_figure(FULL_WIDTH, foot + bottom + height + 0.25)
@@ -80,6 +77,8 @@ def draw_three_panels(panels: dict[str, MetricCurves], notes: Sequence[str] = ()
     x = margin
     for axes, letter, (left, right) in zip(figure.axes, LETTERS, rooms, strict=True):
         place(axes, x + left, width)
+        if width < 1:
+            axes.set_xticks(axes.get_xticks()[1::2])  # beside long names
         axes.set_title(letter, loc="left", fontweight="bold", fontsize=8, x=-left / width)
         x += left + width + right + gap
     add_notes(figure, note_lines)
@@ -90,8 +89,9 @@ def draw_test_accuracy(shown: MetricCurves, notes: Sequence[str] = ()) -> Figure
     """Test accuracy of all algorithms at single-column width."""
     note_lines = wrapped(notes, SINGLE_COLUMN - 0.2)
     foot = notes_height(note_lines)
-    figure = new_figure(SINGLE_COLUMN, foot + 2.75)
-    axes = add_axes(figure, 1, foot + 0.42, 1, 2.2)
+    height = max(2.2, names_height(shown))
+    figure = new_figure(SINGLE_COLUMN, foot + (height + 0.55))
+    axes = add_axes(figure, 1, foot + 0.42, 1, height)
     draw_panel(axes, TEST_ACCURACY, shown)
     left, right = room_beside(axes)
     place(axes, left + 0.05, SINGLE_COLUMN - left - right - 0.1)
@@ -99,36 +99,39 @@ def draw_test_accuracy(shown: MetricCurves, notes: Sequence[str] = ()) -> Figure
     return figure
 
 
+def short_name(algorithm: str) -> str:
+    """An algorithm's label in two lines, or as many as a panel has room for."""
+    label = algorithm_label(algorithm)
+    spaces = [place for place, character in enumerate(label) if character == " " and len(label) > 10]
+    middle = min(spaces, key=lambda place: abs(2 * place + 1 - len(label)), default=len(label))
+    return "\n".join(textwrap.fill(part, 20) for part in (label[:middle], label[middle + 1 :]) if part)
+
+
+def names_height(shown: MetricCurves) -> float:
+    """The inches that all names take one above the other."""
+    names = [short_name(algorithm) for algorithm in (*(curve.algorithm for curve in shown.curves), RETRAINED)]
+    return LINE_HEIGHT * sum(name.count("\n") + 1 for name in names)
+
+
 def draw_panel(axes: Axes, name: str, shown: MetricCurves) -> None:
     """Draw one metric, with the algorithms' names at their curves' ends."""
-    metric = METRICS[name]
-    axes.set_ylabel(metric.axis_label.format(units=shown.num_units))
+    metric = metric_of(name)
+    axes.set_ylabel(axis_text(metric, shown.num_units))
     if not shown.curves:
         axes.set_xlabel("Number of classes")
         axes.set(xticks=[], yticks=[])
         axes.text(0.5, 0.5, "No runs yet", transform=axes.transAxes, ha="center", va="center", color="#7f7f7f")
         return
-    stroke_of = strokes(ALGORITHM_LABELS)
-    drawn = draw_curves(axes, shown.curves, stroke_of)
-    lines = {NAMES[curve.algorithm]: line for curve, line in zip(shown.curves, drawn, strict=True)}
+    drawn = draw_curves(axes, shown.curves, strokes(curve.algorithm for curve in shown.curves))
+    named = [(short_name(curve.algorithm), line) for curve, line in zip(shown.curves, drawn, strict=True)]
     if metric.is_relative:
-        lines[NAMES[RETRAINED]] = draw_zero_line(axes, shown.num_retrained)
+        named.append((short_name(RETRAINED), draw_zero_line(axes, shown.num_retrained)))
     number_of_classes_axis(axes, shown.axis)
     axes.margins(y=0.1)
     axes.autoscale_view(scalex=False)
     limit_to_possible_values(axes, metric)
     axes.locator_params(axis="y", nbins=6)
-    label_ends(axes, lines)
-
-
-def read_figure(results_dir: Path, name: str, algorithms: Sequence[str]) -> tuple[MetricCurves, list[str]]:
-    """What is there of one metric of these algorithms, and what is not: one line per gap. Raises UserError for files that are bad."""
-    metric = METRICS[name]
-    runs = read_runs(results_dir, metric, algorithms)
-    shown = make_curves(runs, metric)
-    missing = [algorithm for algorithm in algorithms if algorithm not in runs]
-    gaps = [f"{name}: no runs of {', '.join(missing)}"] if missing else []
-    return shown, gaps
+    label_ends(axes, named)
 
 
 def panel_remarks(panels: dict[str, MetricCurves]) -> list[str]:
@@ -159,7 +162,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineArgumentParser(description="Draw the paper's figure, and test accuracies, from stored runs.")
     add_results_argument(parser)
     add_output_argument(parser)
+    parser.add_argument("--algorithms", metavar="A,B,C", help="folders, in the order in which curves lie (default: the paper's five)")
     parsed = parser.parse_args(arguments)
+    if parsed.algorithms is not None:
+        parsed.algorithms = algorithm_names(parsed.algorithms)
     check_destinations(*(path for stem in STEMS for path in figure_paths(parsed.output_dir, stem)))
     return parsed
 
@@ -170,16 +176,24 @@ def figure_paths(folder: Path, stem: str) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
-    panels, gaps = {}, []
+    chosen = parsed.algorithms or list(ALGORITHM_LABELS)
+    panels, gaps, found = {}, [], set()
     for name in (*PANELS, TEST_ACCURACY):
-        with_retrained = METRICS[name].per_epoch
-        algorithms = [algorithm for algorithm in ALGORITHM_LABELS if with_retrained or algorithm != RETRAINED]
-        panels[name], gaps_here = read_figure(parsed.results_dir, name, algorithms)
-        gaps += gaps_here
+        metric = metric_of(name)
+        algorithms = [algorithm for algorithm in chosen if metric.per_epoch or algorithm != RETRAINED]
+        runs = read_runs(parsed.results_dir, metric, algorithms)
+        panels[name] = make_curves(runs, metric)
+        found |= runs.keys()
+        if missing := [algorithm for algorithm in algorithms if algorithm not in runs]:
+            gaps.append(f"{name}: no runs of {', '.join(missing)}")
     accuracy = panels.pop(TEST_ACCURACY)
     has_panels = any(shown.curves for shown in panels.values())
-    if not has_panels and not accuracy.curves:
-        raise UserError(f"{parsed.results_dir}: nothing here that the paper's figure shows; it looks for {', '.join(ALGORITHM_LABELS)}")
+    absent = [algorithm for algorithm in parsed.algorithms or [] if algorithm not in found]
+    if absent or not (has_panels or accuracy.curves):
+        raise UserError(f"{parsed.results_dir}: nothing here that the paper's figure shows of {', '.join(absent or chosen)}")
+    others = [name for name in algorithm_folders(parsed.results_dir) if (parsed.results_dir / name / TEST_ACCURACY).is_dir()]
+    if others := [name for name in others if name not in chosen]:
+        gaps.append(f"here too, and drawn where --algorithms names them: {', '.join(others)}")
 
     notes = panel_remarks(panels), [f"{remark}." for remark in accuracy.remarks]
     for note in [*gaps, *notes[0], *(f"{TEST_ACCURACY}: {note}" for note in notes[1])]:

@@ -1,7 +1,8 @@
 """From a folder of results to curves: metric files in; per algorithm one row per run and one column per task, or per epoch, out.
 
-    runs = read_runs(Path("results"), METRICS["test_accuracy_per_epoch"])      # {"base_deep_learning_system": [Run, ...], ...}
-    curves = make_curves(runs, METRICS["test_accuracy_per_epoch"]).curves
+    metric = metric_of("test_accuracy_per_epoch")
+    runs = read_runs(Path("results"), metric)      # {"base_deep_learning_system": [Run, ...], ...}
+    curves = make_curves(runs, metric).curves
     mean, standard_error, num_runs = mean_and_standard_error(curves[0].values)
 
 A task is drawn at the number of its classes: task i (from 0) at 5 (i + 1) of them, at the paper's sizes. The analysis has two
@@ -15,9 +16,11 @@ with a remark. n runs, p points (tasks or epochs). Nothing is unpickled.
 """
 
 import argparse
+import dataclasses
 import os
 import re
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -38,6 +41,11 @@ ALGORITHM_LABELS = {
 }
 RETRAINED = "retrained_network"  # what relative accuracies are relative to
 
+# What the config calls its methods, by the folder's name that this makes: "Self-normalized resets" is self_normalized_resets.
+METHOD_LABELS = {
+    re.sub(r"\W+", "_", label.lower()): label for field in dataclasses.fields(Config) if (label := field.metadata.get("method"))
+}
+
 LAST_LAYER_WIDTHS = 8  # the last layer has 8 x network_width units
 
 
@@ -48,42 +56,68 @@ class Metric(NamedTuple):
     axis_label: str  # {units}: number of units of the last layer
     kind: str  # "fraction" (drawn in percent), "rank" (drawn in percent of the last layer's units) or "plain"
     per_epoch: bool  # stored per epoch; otherwise per task
-    best: Callable[..., np.ndarray] = np.max  # which of a task's epochs counts
+    best: Callable[..., np.ndarray] = np.max  # what of a task's epochs counts
     is_relative: bool = False  # minus the retrained network of the same index
     has_first_task: bool = True  # False: the first task's value is 0 by convention and is not drawn
     published: str = ""  # its name in published_curves.csv; "": the paper does not show it
     images: str = ""  # which images were analysed, with settings that its values depend on; "": none
 
 
-def _analysis_metrics(which: str, images: str) -> dict[str, Metric]:
-    def metric(name: str, axis_label: str, kind: str, published: str = "") -> dict[str, Metric]:
-        folder = f"{which}_{name}_analysis"
-        is_next = which == "next_task"
-        shown = published if is_next else ""
-        return {folder: Metric(folder, axis_label, kind, False, has_first_task=is_next, published=shown, images=images)}
+RELATIVE, TEST_ACCURACY = "relative_accuracy_per_epoch", "test_accuracy_per_epoch"
+METRIC_ENDINGS = ("_per_epoch", "_analysis")  # of the folders that can be drawn
+# The paper's metrics, and their names in published_curves.csv.
+PUBLISHED = {
+    RELATIVE: "relative_accuracy",
+    TEST_ACCURACY: "test_accuracy",
+    "next_task_dormant_units_analysis": "dormant_units",
+    "next_task_stable_rank_analysis": "stable_rank",
+}
+IMAGES = {"next_task_": "Images of the next task's classes", "previous_tasks_": "Images of the previous tasks' classes"}
+RANKS = ("effective_rank", "stable_rank")
+FRACTIONS = ("accuracy", "dormant_units", "zero_gradients")  # in a name: its values are fractions
+# Where a name alone would not say what it is.
+METRIC_LABELS = {
+    "weight_magnitude": "Mean weight magnitude",
+    "average_online_accuracy": "Mean training accuracy of a task",
+    "distance_to_initial": "Distance to the initial weights",
+    "gradient_norm": "Norm of the gradient",
+    "zero_gradients": "Gradients that are exactly 0",
+}
 
-    return (
-        metric("dormant_units", "Dormant units (%)", "fraction", "dormant_units")
-        | metric("effective_rank", "Effective rank (% of {units})", "rank")
-        | metric("stable_rank", "Stable rank (% of {units})", "rank", "stable_rank")
+
+def as_text(name: str) -> str:
+    """A folder's name in words: soft_reset is "Soft reset". A name of other characters stays as it is."""
+    return name.replace("_", " ").capitalize() if re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) else name
+
+
+def metric_of(name: str) -> Metric:
+    """What a folder of a run holds and how it is drawn, by its name; RELATIVE is what the released script calls test accuracies so drawn.
+
+    Of a task's epochs the highest accuracy counts, the lowest loss, and of anything else, as of units that were reset, the mean.
+    """
+    if name == RELATIVE:
+        label = "Accuracy relative to retrained\nnetwork (percentage points)"
+        return Metric(TEST_ACCURACY, label, "fraction", True, is_relative=True, published=PUBLISHED[name])
+    per_epoch = name.endswith("_per_epoch")
+    which = next((start for start in IMAGES if name.startswith(start)), "")
+    stem = name.removeprefix(which).removesuffix("_per_epoch").removesuffix("_analysis")
+    kind = "rank" if stem in RANKS else "fraction" if any(word in stem for word in FRACTIONS) else "plain"
+    best = np.max if "accuracy" in stem else np.min if "loss" in stem else np.mean
+    unit = {"fraction": " (%)", "rank": " (% of {units})", "plain": " per epoch" if per_epoch and best is np.mean else ""}[kind]
+    label = METRIC_LABELS.get(stem, as_text(stem)) + unit
+    has_first_task = which != "previous_tasks_"
+    return Metric(
+        name, label, kind, per_epoch, best, has_first_task=has_first_task, published=PUBLISHED.get(name, ""), images=IMAGES.get(which, "")
     )
 
 
 # The released script's choices, by the names they have there.
 METRICS = {
-    "relative_accuracy_per_epoch": Metric(
-        "test_accuracy_per_epoch",
-        "Accuracy relative to retrained\nnetwork (percentage points)",
-        "fraction",
-        True,
-        is_relative=True,
-        published="relative_accuracy",
-    ),
-    "test_accuracy_per_epoch": Metric("test_accuracy_per_epoch", "Test accuracy (%)", "fraction", True, published="test_accuracy"),
-    "test_loss_per_epoch": Metric("test_loss_per_epoch", "Test loss", "plain", True, best=np.min),
-    "weight_magnitude_analysis": Metric("weight_magnitude_analysis", "Mean weight magnitude", "plain", False),
-    **_analysis_metrics("next_task", "Images of the next task's classes"),
-    **_analysis_metrics("previous_tasks", "Images of the previous tasks' classes"),
+    name: metric_of(name)
+    for name in (
+        *(RELATIVE, TEST_ACCURACY, "test_loss_per_epoch", "weight_magnitude_analysis"),
+        *(f"{which}{what}_analysis" for which in IMAGES for what in ("dormant_units", *RANKS)),
+    )
 }
 
 
@@ -164,10 +198,16 @@ def legible(name: str) -> str:
 
 
 def algorithm_label(algorithm: str) -> str:
-    """An algorithm's name in the paper, or its folder's, legible and shortened to what a legend can hold."""
-    label = ALGORITHM_LABELS.get(algorithm) or legible(algorithm)
+    """An algorithm's name in the paper or in the config, or else its folder's, legible and shortened to what a legend can hold."""
+    label = (METHOD_LABELS | ALGORITHM_LABELS).get(algorithm) or legible(as_text(algorithm))
     label = label if len(label) <= 40 else f"{label[:20]}…{label[-19:]}"  # long names often differ in their ends only
     return f"“{label}”" if label.startswith("_") else label  # Matplotlib leaves labels that begin with _ out of legends
+
+
+def axis_text(metric: Metric, num_units: str) -> str:
+    """A metric's name and unit beside an axis, in lines that fit it. num_units: of the last layer."""
+    label = metric.axis_label.replace("{units}", num_units) if metric.kind == "rank" else metric.axis_label
+    return "\n".join(part for line in label.split("\n") for part in textwrap.wrap(legible(line), 36))
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------------------
@@ -195,29 +235,67 @@ def read_runs(results_dir: Path, metric: Metric, algorithms: Sequence[str] | Non
     algorithms: which, and in which order; None: all there are. Those without a run are left out. For a relative metric, the retrained
     network's runs come along unasked. Raises UserError naming the folder or the file that cannot be used.
     """
-    if not os.path.isdir(results_dir):
-        raise UserError(
-            broken_link(results_dir) or f"{results_dir}: no such folder; --results_dir names the folder that holds one folder per algorithm"
-        )
-    if os.path.isdir(results_dir / metric.folder) or os.path.isdir(results_dir / "config_files"):
-        raise UserError(f"{results_dir}: this folder is one algorithm's; --results_dir names the one above it, {results_dir.parent}")
+    folders = algorithm_folders(results_dir)
     if algorithms is None:
-        try:
-            folders = sorted(entry.name for entry in results_dir.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        except OSError as error:
-            raise UserError(f"{results_dir}: cannot read this folder ({error.strerror})") from None
         algorithms = [*ALGORITHM_LABELS, *(name for name in folders if name not in ALGORITHM_LABELS)]
     elif metric.is_relative and RETRAINED not in algorithms:
         algorithms = [*algorithms, RETRAINED]
     runs = {
-        algorithm: [_read_run(results_dir, algorithm, i, metric) for i in _indices(results_dir, algorithm, metric)]
+        algorithm: [_read_run(results_dir, algorithm, i, metric) for i in _indices(results_dir / algorithm / metric.folder)]
         for algorithm in algorithms
     }
     return {algorithm: found for algorithm, found in runs.items() if found}
 
 
-def _indices(results_dir: Path, algorithm: str, metric: Metric) -> list[int]:
-    folder = results_dir / algorithm / metric.folder
+def algorithm_folders(results_dir: Path) -> list[str]:
+    """The names of the folders in a folder of results, sorted. Raises UserError if it cannot be one."""
+    if not os.path.isdir(results_dir):
+        raise UserError(
+            broken_link(results_dir) or f"{results_dir}: no such folder; --results_dir names the folder that holds one folder per algorithm"
+        )
+    folders = _folders(results_dir)
+    if any(name == "config_files" or name.endswith(METRIC_ENDINGS) for name in folders):
+        raise UserError(f"{results_dir}: this folder is one algorithm's; --results_dir names the one above it, {results_dir.parent}")
+    return folders
+
+
+def find_metrics(results_dir: Path) -> list[str]:
+    """The names of all metrics that can be drawn of what is there: the released script's first, in its order, then others, sorted.
+
+    Raises UserError if a folder cannot be read.
+    """
+    having: dict[str, list[str]] = {}
+    for algorithm in algorithm_folders(results_dir):
+        for name in _folders(results_dir / algorithm):
+            if name.endswith(METRIC_ENDINGS) and _indices(results_dir / algorithm / name):
+                having.setdefault(name, []).append(algorithm)
+    with_accuracy = having.get(TEST_ACCURACY, [])
+    if RETRAINED in with_accuracy and len(with_accuracy) > 1:
+        having[RELATIVE] = with_accuracy
+    return [*(name for name in METRICS if name in having), *sorted(having.keys() - METRICS.keys())]
+
+
+def algorithm_names(text: str) -> list[str]:
+    """Names of folders, separated by commas. Raises UserError unless each is one folder's name and none appears twice."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise UserError(f'--algorithms: expected names of folders in --results_dir, separated by commas, got "{text}"')
+        if names.count(name) > 1:
+            raise UserError(f"--algorithms: {name} appears twice")
+    return names
+
+
+def _folders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, sorted, hidden ones left out."""
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot read this folder ({error.strerror})") from None
+
+
+def _indices(folder: Path) -> list[int]:
+    """The indices of the runs in a metric's folder, rising; none if it is not there."""
     for path in (folder.parent, folder):
         if os.path.lexists(path) and not os.path.isdir(path):
             raise UserError(broken_link(path) or f"{path}: expected a folder here")
@@ -235,10 +313,14 @@ def _read_run(results_dir: Path, algorithm: str, index: int, metric: Metric) -> 
     has_config = config_file.is_file()
     num_units = LAST_LAYER_WIDTHS * sizes.network_width
     longest = sizes.num_tasks * (sizes.epochs_per_task if metric.per_epoch else 1)
-    most, scale = {"fraction": (1.0, 100.0), "rank": (float(num_units), 100.0 / num_units), "plain": (np.inf, 1.0)}[metric.kind]
+    least, most, scale = {
+        "fraction": (0.0, 1.0, 100.0),
+        "rank": (0.0, float(num_units), 100.0 / num_units),
+        "plain": (-np.inf, np.inf, 1.0),
+    }[metric.kind]
     path = folder / metric.folder / f"index-{index}.npy"
     points = "epochs" if metric.per_epoch else "tasks"
-    values = read_values(path, longest if has_config else sys.maxsize, points, most)
+    values = read_values(path, longest if has_config else sys.maxsize, points, least, most)
     if len(values) != longest and not has_config:
         raise UserError(
             f"{path}: holds {len(values):,} values, not the paper's {longest:,} {points}, and there is no {config_file} to say what they "
@@ -264,8 +346,8 @@ def read_analysis_settings(path: Path) -> AnalysisSettings:
     return AnalysisSettings(batch_norm, float(threshold))
 
 
-def read_values(path: Path, longest: int, points: str, most: float) -> np.ndarray:
-    """One run's stored values: (at most `longest`,) as float64, each NaN or from 0 to `most`.
+def read_values(path: Path, longest: int, points: str, least: float, most: float) -> np.ndarray:
+    """One run's stored values: (at most `longest`,) as float64, each NaN or finite and from `least` to `most`.
 
     points: what a value stands for, "epochs" or "tasks", for messages. Raises UserError naming the file if it is anything else.
     """
@@ -280,9 +362,9 @@ def read_values(path: Path, longest: int, points: str, most: float) -> np.ndarra
     if len(array) > longest:
         raise UserError(f"{path}: holds {len(array)} values, but by its config this run has {longest} {points}")
     values = np.array(array, dtype=np.float64)
-    wrong = np.flatnonzero((values < 0) | (values > most * (1 + 1e-6)) | np.isinf(values))
+    wrong = np.flatnonzero((values < least) | (values > most * (1 + 1e-6)) | np.isinf(values))
     if len(wrong):
-        limit = f"from 0 to {most:g}" if np.isfinite(most) else "finite and 0 or more"
+        limit = f"from {least:g} to {most:g}" if np.isfinite(most) else "finite"
         raise UserError(f"{path}: value {wrong[0]} is {values[wrong[0]]:g}; values of this metric are {limit}")
     return values
 

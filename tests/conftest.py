@@ -13,7 +13,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REFERENCE = Path(__file__).resolve().parent / "reference"
-ALGORITHMS = ("base_deep_learning_system", "continual_backpropagation", "head_resetting", "retrained_network", "shrink_and_perturb")
+ALGORITHMS = tuple(sorted(path.stem for path in (REPOSITORY / "cfg").glob("*.json")))
 
 # A run of 3 tasks x 4 epochs with 4, 8 and 12 steps per epoch: about two seconds.
 TINY = {
@@ -28,7 +28,7 @@ TINY = {
     "network_width": 2,
     "device": "cpu",
 }
-# So that every algorithm does in a tiny run what it does in a long one.
+# So that every algorithm does in a tiny run what it does in a long one; those that do so by themselves need no entry.
 TINY_ALGORITHM = {
     "continual_backpropagation": {"replacement_rate": 0.05, "maturity_threshold": 3},
     "shrink_and_perturb": {"noise_std": 0.001},

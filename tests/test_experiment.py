@@ -56,14 +56,13 @@ def test_files_of_a_finished_run(uninterrupted, algorithm):
     assert not list(folder.rglob("*.partial"))
 
 
-def test_algorithms_differ_where_they_should(uninterrupted):
-    """All but those that act within the first task share it, and every one differs from the base system in the end."""
-    base = stored_results(uninterrupted("base_deep_learning_system"))
-    for algorithm in ALGORITHMS[1:]:
-        other = stored_results(uninterrupted(algorithm))
-        same_first_task = other["model_parameters/index-0_epoch-4.pt"] == base["model_parameters/index-0_epoch-4.pt"]
-        assert same_first_task == (algorithm in ("head_resetting", "retrained_network")), algorithm
-        assert other["model_parameters/index-0_epoch-12.pt"] != base["model_parameters/index-0_epoch-12.pt"], algorithm
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "base_deep_learning_system"])
+def test_algorithms_differ_where_they_should(uninterrupted, algorithm):
+    """Every one differs from the base system in the end; those that reset something after a task share the first one."""
+    base, other = (stored_results(uninterrupted(name)) for name in ("base_deep_learning_system", algorithm))
+    first, last = ("model_parameters/index-0_epoch-4.pt", "model_parameters/index-0_epoch-12.pt")
+    assert other[last] != base[last], f"{algorithm} does nothing in a tiny run: TINY_ALGORITHM in tests/conftest.py needs an entry for it"
+    assert other[first] == base[first] or algorithm not in ("head_resetting", "retrained_network")
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

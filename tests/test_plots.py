@@ -1,6 +1,7 @@
 """The scripts in plots/: what they draw, read from Matplotlib's artists, equals what is stored; and bad input is one line."""
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -10,17 +11,17 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, everything_in
+from conftest import ALGORITHMS, REPOSITORY, everything_in
 from matplotlib import rc_context
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
 from incremental_cifar.command_line import run_script
-from plots import compare_with_paper, plot_incremental_cifar_results, plot_paper_figure
+from plots import compare_with_paper, drawing, plot_incremental_cifar_results, plot_paper_figure, run_results
 from plots.drawing import COLOURS, STYLE, spread, strokes
 from plots.output_files import write_figure
 from plots.published_curves import read_published_curves
-from plots.run_results import ALGORITHM_LABELS, METRICS, algorithm_label, mean_and_standard_error
+from plots.run_results import ALGORITHM_LABELS, METRICS, algorithm_label, axis_text, find_metrics, mean_and_standard_error, metric_of
 
 BASE, CBP, RETRAINED = "base_deep_learning_system", "continual_backpropagation", "retrained_network"
 ACCURACY, RELATIVE, RANK = "test_accuracy_per_epoch", "relative_accuracy_per_epoch", "next_task_stable_rank_analysis"
@@ -153,7 +154,7 @@ def test_retrained_network_lies_beneath_and_coinciding_curves_show(results, draw
     store(results, "other", 0, SMALL, next_task_dormant_units_analysis=[0, 0, 0.5])
     figure, _ = draw("next_task_dormant_units_analysis")
     lines = lines_of(figure)
-    names = ["Retrained network", "Base deep learning system", "Continual backpropagation", "other"]
+    names = ["Retrained network", "Base deep learning system", "Continual backpropagation", "Other"]
     assert list(lines) == [f"{name} (1 run)" for name in names]  # in the order of drawing
     assert [line.is_dashed() for line in lines.values()] == [False, True, True, False]
     patterns = [lines[f"{name} (1 run)"]._unscaled_dash_pattern[1] for name in names[1:3]]
@@ -163,7 +164,7 @@ def test_retrained_network_lies_beneath_and_coinciding_curves_show(results, draw
 
 def test_long_names_stay_distinct():
     one, other = (algorithm_label(f"continual_backpropagation_with_a_long_name_of_variant_{number}") for number in (1, 2))
-    assert one != other and one.startswith("continual_back") and len(one) == 40
+    assert one != other and one.startswith("Continual back") and len(one) == 40
 
 
 def test_a_shorter_retrained_network_is_named_as_what_ends_the_curve(results, draw):
@@ -309,7 +310,7 @@ def test_networks_of_several_widths_are_each_in_percent_of_their_own_units(resul
     store(results, BASE, 0, SMALL, **{RANK: [16, 8, 4]})
     store(results, "wide", 0, SMALL | {"network_width": 4}, **{RANK: [16, 8, 4]})
     figure, _ = draw(RANK)
-    assert line_values(lines_of(figure)["wide (1 run)"]) == ([4, 8, 12], [50, 25, 12.5])
+    assert line_values(lines_of(figure)["Wide (1 run)"]) == ([4, 8, 12], [50, 25, 12.5])
     assert figure.axes[0].get_ylabel() == "Stable rank (% of the last layer)"
 
 
@@ -321,6 +322,45 @@ def test_every_metric_of_the_released_script_is_drawn(results, draw):
     for metric in METRICS:
         figure, _ = draw(metric)
         assert "Base deep learning system (1 run)" in lines_of(figure)
+
+
+# Folders that nobody has listed anywhere: label, what counts of the epochs 3, 1, 2, 4, 0, 0 (or the tasks 3, 1, 2), least of the axis.
+FOUND_METRICS = {
+    "units_reset_per_epoch": ("Units reset per epoch", [2, 3, 0], 0),
+    "validation_loss_per_epoch": ("Validation loss", [1, 2, 0], 0),
+    "a_penalty_analysis": ("A penalty", [3, 1, 2], 0),
+    "next_task_gradient_norm_analysis": ("Norm of the gradient", [3, 1, 2], 0),
+    "next_task_zero_gradients_analysis": ("Gradients that are exactly 0 (%)", [30, 10, 20], 0),
+    "average_online_accuracy_analysis": ("Mean training accuracy of a task (%)", [30, 10, 20], 0),
+    "validation_accuracy_per_epoch": ("Validation accuracy (%)", [30, 40, 0], 0),
+    "cosine_analysis": ("Cosine", [-3, -1, -2], -np.inf),
+    "distance_{units}_analysis": ("distance_{units}", [3, 1, 2], 0),
+}
+
+
+@pytest.mark.parametrize("metric", FOUND_METRICS)
+def test_any_metric_of_a_run_is_found_and_drawn(results, draw, metric):
+    label, expected, least = FOUND_METRICS[metric]
+    values = np.array([3, 1, 2, 4, 0, 0] if metric.endswith("_per_epoch") else [3, 1, 2]) * (0.1 if "%" in label else 1)
+    store(results, BASE, 0, SMALL, **{metric: values if least == 0 else -values, "class_order": [0], ACCURACY: [0.5] * 6})
+    (results / BASE / "empty_analysis").mkdir()
+    assert find_metrics(results) == [ACCURACY, metric]
+    store(results, RETRAINED, 0, SMALL, **{ACCURACY: [0.5] * 6})
+    assert find_metrics(results) == [RELATIVE, ACCURACY, metric]
+    figure, _ = draw(metric)
+    assert line_values(lines_of(figure)["Base deep learning system (1 run)"]) == ([4, 8, 12], expected)
+    axes = figure.axes[0]
+    assert axes.get_ylabel() == label and least <= axes.get_ylim()[0] <= min(expected)
+    assert axes.get_title(loc="left") == ("Images of the next task's classes" if metric.startswith("next_task") else "")
+    assert_texts_have_room(figure)
+
+
+def test_a_long_name_of_a_metric_is_written_in_lines_that_fit(results, draw):
+    store(results, BASE, 0, SMALL, **{"deviation_of_the_convolutions_from_an_isometry_实_per_epoch": [1] * 6})
+    figure, _ = draw("deviation_of_the_convolutions_from_an_isometry_实_per_epoch")
+    assert "\\u5b9e" in figure.axes[0].get_ylabel() and "\n" in figure.axes[0].get_ylabel()
+    assert_texts_have_room(figure)
+    assert axis_text(metric_of(RANK), "512") == "Stable rank (% of 512)"
 
 
 def test_published_curves_lie_beneath_thin_and_dashed(results, draw):
@@ -408,14 +448,30 @@ def test_default_algorithms_are_the_papers_in_order_then_others(results, draw):
         "Continual backpropagation (1 run)",
         "Retrained network (1 run)",
         "“_my $x$ run” (1 run)",
-        "zeta (1 run)",
+        "Zeta (1 run)",
     ]
+
+
+def test_labels_and_colours_are_the_algorithms_own(monkeypatch):
+    """A method has its name and place from the config, and another name its colour from its letters, whatever is drawn beside it."""
+    monkeypatch.setattr(run_results, "METHOD_LABELS", {CBP: "Not this", "redo": "ReDo", "self_normalized_resets": "Self-normalized resets"})
+    monkeypatch.setattr(drawing, "METHOD_LABELS", run_results.METHOD_LABELS)
+    labels = {CBP: "Continual backpropagation", "redo": "ReDo", "self_normalized_resets": "Self-normalized resets"}
+    labels |= {"my_method2": "My method2", "My_method": "My_method", "stepsize=0.1_x": "stepsize=0.1_x", "_x": "“_x”"}
+    assert {name: algorithm_label(name) for name in labels} == labels
+    alone = {name: strokes([name])[name] for name in labels}
+    assert [alone[name].colour for name in ("redo", "self_normalized_resets")] == list(drawing.FURTHER_COLOURS[:2])
+    names = ["self_normalized_resets", "redo", "my_method2", CBP]
+    assert strokes(names) == strokes(reversed(names)) == {name: alone[name] for name in names}
+    clashing = next(f"x{n}" for n in range(1000) if strokes([f"x{n}"])[f"x{n}"] == alone["redo"])
+    assert strokes([clashing, "redo"])["redo"] == alone["redo"] != strokes([clashing, "redo"])[clashing]
 
 
 def test_any_number_of_algorithms_are_told_apart():
     names = [f"algorithm {number}" for number in range(100)]
     chosen = strokes([*ALGORITHM_LABELS, *names])
     assert len(set(chosen.values())) == 105
+    assert len({algorithm_label(algorithm) for algorithm in ALGORITHMS}) == len(set(strokes(ALGORITHMS).values())) == len(ALGORITHMS)
     assert not {chosen[name].colour for name in names} & set(COLOURS.values())
     assert {algorithm: stroke.colour for algorithm, stroke in chosen.items() if algorithm in COLOURS} == COLOURS
 
@@ -591,10 +647,10 @@ def papers_runs(results, num_runs=2, algorithms=tuple(ALGORITHM_LABELS), shift=0
 def paper_figures(monkeypatch, capsys):
     """Draw the paper's figures without writing them: stem to figure, and what was printed."""
 
-    def draw(results):
+    def draw(results, *arguments):
         figures = {}
         monkeypatch.setattr(plot_paper_figure, "write_figure", lambda figure, *paths: figures.update({paths[0].stem: figure}))
-        status, out, err = run(plot_paper_figure, capsys, "--results_dir", results)
+        status, out, err = run(plot_paper_figure, capsys, "--results_dir", results, *arguments)
         assert status == 0, err
         return figures, out
 
@@ -642,6 +698,24 @@ def test_paper_figure_draws_what_is_there_and_says_what_is_missing(results, pape
     assert "Panel a: Base deep learning system: no retrained network of index 0; left out." in out
     assert "Panel b: Continual backpropagation: index 0 has only 2 of 3 tasks." in figures["paper_figure"].texts[0].get_text()
     assert "One run each." in figures["test_accuracy_figure"].texts[0].get_text()
+
+
+@pytest.mark.parametrize("names", [[CBP, "redo", RETRAINED], [*ALGORITHMS, *"abcdefg", "mine_0.1"], [*ALGORITHMS, "x" * 90, "two_words"]])
+def test_paper_figure_of_chosen_algorithms(results, paper_figures, names):
+    for name in [*names, BASE]:
+        analyses = {RANK: [16, 15, 14], "next_task_dormant_units_analysis": [0, 0.1, 0.2]}
+        store(results, name, 0, SMALL, test_accuracy_per_epoch=[0.5, 0.5, 0.4, 0.4, 0.3 - 0.01 * len(name) / 90, 0.1], **analyses)
+    figures, out = paper_figures(results, "--algorithms", ",".join(names))
+    assert ("Note" in out) == (BASE not in names)
+    assert BASE in names or out == f"Note: here too, and drawn where --algorithms names them: {BASE}\n"
+    with_retrained = {" ".join(algorithm_label(name).split()) for name in {*names, RETRAINED}}
+    for figure in figures.values():
+        assert_texts_have_room(figure)
+        for axes in figure.axes:
+            shown = [text.get_text() for text in axes.texts]
+            assert len(shown) == len(with_retrained) - (axes in figure.axes[1:])  # the retrained network has no curve in the other panels
+            boxes = sorted((Text.get_window_extent(text) for text in axes.texts), key=lambda box: box.y0)
+            assert all(lower.y1 <= upper.y0 + 1 for lower, upper in itertools.pairwise(boxes))
 
 
 def test_wide_tick_labels_have_room_in_the_papers_figure(results, paper_figures):
@@ -886,7 +960,8 @@ def test_bad_results_are_one_line_and_nothing_is_written(results, tmp_path, caps
 # Arguments of the script of single figures, and a part of the message; {} is the folder of results.
 BAD_ARGUMENTS = {
     "no metric": (["--results_dir", "{}"], "--metric"),
-    "unknown metric": (["--metric", "accuracy"], "invalid choice"),
+    "unknown metric": (["--metric", "accuracy"], "no algorithm here has accuracy; what there is: test_accuracy_per_epoch\n"),
+    "path as metric": (["--metric", f"../{BASE}/{ACCURACY}"], f"has ../{BASE}/{ACCURACY}; what there is: test_accuracy_per_epoch\n"),
     "suffix": (["--metric", ACCURACY, "--output", "figure.jpg"], "must end in one of .png, .svg, .pdf"),
     "no suffix": (["--metric", ACCURACY, "--output", "figure"], "must end in one of"),
     "folder as output": (["--metric", ACCURACY, "--output", "{}/folder.svg"], "folder.svg: cannot write this file (what has"),
@@ -905,7 +980,7 @@ BAD_ARGUMENTS = {
     "name twice": (["--metric", ACCURACY, "--algorithms", f"{BASE},{BASE}"], "appears twice"),
     "no retrained network": (["--metric", RELATIVE], "retrained_network/test_accuracy_per_epoch: no run's metric here"),
     "retrained alone": (["--metric", RELATIVE, "--algorithms", RETRAINED], "name at least one"),
-    "not analysed": (["--metric", RANK], f"no algorithm here has {RANK}; post_run_analysis.py writes it"),
+    "not analysed": (["--metric", RANK], f"no algorithm here has {RANK} (post_run_analysis.py writes it); what there is: test_"),
     "per epoch": (["--metric", RANK, "--per-epoch"], "one value per task"),
     "published loss": (["--metric", "test_loss_per_epoch", "--published"], "the paper shows no test_loss_per_epoch"),
     "published per epoch": (["--metric", ACCURACY, "--published", "--per-epoch"], "leave out --per-epoch"),
@@ -955,7 +1030,10 @@ def test_bad_arguments_of_the_other_scripts(script, script_outputs, results, tmp
 
 
 def test_nothing_at_all_for_the_papers_figure(results, capsys):
-    assert_one_line(*run(plot_paper_figure, capsys, "--results_dir", results), "nothing here that the paper's figure shows")
+    assert_one_line(*run(plot_paper_figure, capsys, "--results_dir", results), f"nothing here that the paper's figure shows of {BASE}, ")
+    store(results, "redo", 0, SMALL, test_accuracy_per_epoch=[0.5] * 6)
+    for names, message in (("redo,rdo", "shows of rdo\n"), ("redo,", "expected names of folders"), ("a,a", "a appears twice")):
+        assert_one_line(*run(plot_paper_figure, capsys, "--results_dir", results, "--algorithms", names), message)
 
 
 @pytest.mark.parametrize(
