@@ -293,9 +293,7 @@ class IncrementalCIFARExperiment(Experiment):
         config = self.config
         network = build_network(self.random_seed, config.network_width)
         self.network: ResNet18 = network.to(self.device, memory_format=torch.channels_last)
-        self.optimizer = make_optimizer(
-            self.network, config.stepsize, config.momentum, config.weight_decay, config.decay_batch_norm
-        )
+        self.optimizer = make_optimizer(self.network, config.stepsize, config.momentum, config.weight_decay, config.decay_batch_norm)
         algorithms = make_algorithms(config, self.network, self.optimizer, self.random_seed)
         self.training_step = TrainingStep(self.network, self.optimizer, config.precision, algorithms)
         self.evaluation_step = EvaluationStep(self.network, self.training_step.half, config.fold_batch_norm)
