@@ -32,6 +32,8 @@ TINY = {
 TINY_ALGORITHM = {
     "continual_backpropagation": {"replacement_rate": 0.05, "maturity_threshold": 3},
     "shrink_and_perturb": {"noise_std": 0.001},
+    "selective_weight_reinitialization": {"reinit_freq": 7, "reinit_factor": 0.1},
+    "l2_init": {"l2_init": 0.01},
 }
 
 GPU = torch.device("cuda", 0)  # of the tests marked `gpu`

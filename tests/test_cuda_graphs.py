@@ -196,7 +196,7 @@ def steps(algorithm, device, precision, num_steps=60, is_recorded=False, width=4
     config = load_config(f"cfg/{algorithm}.json", [f"{key}={value}" for key, value in TINY_ALGORITHM.get(algorithm, {}).items()])
     set_arithmetic(precision, deterministic=True)
     network = build_network(11, width).to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(network, 0.1, config.momentum, config.weight_decay)
+    optimizer = make_optimizer(network, 0.1, config.momentum, config.weight_decay, config.decay_batch_norm)
     training_step = TrainingStep(network, optimizer, precision, make_algorithms(config, network, optimizer, random_seed=3))
     evaluation_step = EvaluationStep(network, training_step.half, is_folded)
     if is_compiled:
