@@ -14,12 +14,13 @@ for rounding, and count among the weights reset although nothing follows from it
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from incremental_cifar.algorithms.algorithm import Algorithm
 from incremental_cifar.algorithms.flat import FlatTensor
-from incremental_cifar.seeds import Purpose, derive_seed, generator_for
+from incremental_cifar.seeds import Purpose, derive_seed
 
 
 def initial_distribution(network: nn.Module) -> list[tuple[float, float]]:
@@ -92,7 +93,8 @@ class SelectiveWeightReinitialization(Algorithm):
     @torch.no_grad()
     def choose_weights(self, step: int) -> list[Tensor]:
         """Which weights step `step` reinitialises: a bool tensor of each parameter's shape."""
-        coins = torch.rand(len(self.parameters), generator=generator_for(self.random_seed, Purpose.WEIGHT_REINIT, step)).tolist()
+        # NumPy's generator, because PyTorch's on a CPU would repeat here what the new weights are drawn from.
+        coins = np.random.default_rng(derive_seed(self.random_seed, Purpose.WEIGHT_REINIT, step)).random(len(self.parameters))
         masks = []
         for parameter, gradient, coin in zip(self.parameters, self.scratch.pieces, coins, strict=True):
             utility = parameter.abs() if self.utility == "magnitude" else (parameter * gradient).abs()
