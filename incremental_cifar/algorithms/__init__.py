@@ -6,6 +6,9 @@ import torch
 
 from incremental_cifar.algorithms.algorithm import Algorithm
 from incremental_cifar.algorithms.continual_backprop import ContinualBackprop
+from incremental_cifar.algorithms.fire import Fire
+from incremental_cifar.algorithms.redo import ReDo
+from incremental_cifar.algorithms.self_normalized_resets import SelfNormalizedResets
 from incremental_cifar.algorithms.task_reset import TaskReset
 from incremental_cifar.algorithms.weight_noise import WeightNoise
 from incremental_cifar.config import Config
@@ -26,12 +29,27 @@ def make_algorithms(config: Config, network: ResNet18, optimizer: torch.optim.SG
                 config.running_average_utility,
             )
         )
+    if config.redo_reinit_frequency > 0:
+        algorithms.append(ReDo(network, random_seed, config.redo_reinit_frequency, config.redo_reinit_threshold))
+    if config.use_snr:
+        algorithms.append(
+            SelfNormalizedResets(
+                network,
+                random_seed,
+                config.snr_percentile,
+                config.snr_first_threshold,
+                config.snr_max_threshold,
+                config.snr_update_frequency,
+            )
+        )
     if config.noise_std > 0:
         algorithms.append(WeightNoise(network, random_seed, config.noise_std))
     if config.reset_network:
         algorithms.append(TaskReset(network, random_seed))
     elif config.reset_head:
         algorithms.append(TaskReset(network.fc, random_seed))
+    if config.fire_iterations > 0:
+        algorithms.append(Fire(network, optimizer, config.fire_iterations))
     return algorithms
 
 
