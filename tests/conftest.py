@@ -34,6 +34,9 @@ TINY_ALGORITHM = {
     "shrink_and_perturb": {"noise_std": 0.001},
     "selective_weight_reinitialization": {"reinit_freq": 7, "reinit_factor": 0.1},
     "l2_init": {"l2_init": 0.01},
+    "redo": {"redo_reinit_frequency": 3, "redo_reinit_threshold": 0.5},
+    # A step size with which units fall silent.
+    "self_normalized_resets": {"stepsize": 1, "snr_first_threshold": 2, "snr_max_threshold": 4, "snr_update_frequency": 10},
 }
 
 GPU = torch.device("cuda", 0)  # of the tests marked `gpu`

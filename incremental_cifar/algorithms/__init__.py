@@ -6,8 +6,11 @@ import torch
 
 from incremental_cifar.algorithms.algorithm import Algorithm
 from incremental_cifar.algorithms.continual_backprop import ContinualBackprop
+from incremental_cifar.algorithms.fire import Fire
 from incremental_cifar.algorithms.l2_init import L2Init
+from incremental_cifar.algorithms.redo import ReDo
 from incremental_cifar.algorithms.selective_weight_reinitialization import SelectiveWeightReinitialization
+from incremental_cifar.algorithms.self_normalized_resets import SelfNormalizedResets
 from incremental_cifar.algorithms.soft_reset import SoftReset
 from incremental_cifar.algorithms.task_reset import TaskReset
 from incremental_cifar.algorithms.upgd import UPGD
@@ -37,6 +40,19 @@ def make_algorithms(config: Config, network: ResNet18, optimizer: torch.optim.SG
                 config.running_average_utility,
             )
         )
+    if config.redo_reinit_frequency > 0:
+        algorithms.append(ReDo(network, random_seed, config.redo_reinit_frequency, config.redo_reinit_threshold))
+    if config.use_snr:
+        algorithms.append(
+            SelfNormalizedResets(
+                network,
+                random_seed,
+                config.snr_percentile,
+                config.snr_first_threshold,
+                config.snr_max_threshold,
+                config.snr_update_frequency,
+            )
+        )
     if config.reinit_freq > 0:
         algorithms.append(
             SelectiveWeightReinitialization(
@@ -55,6 +71,8 @@ def make_algorithms(config: Config, network: ResNet18, optimizer: torch.optim.SG
         algorithms.append(TaskReset(network, random_seed))
     elif config.reset_head:
         algorithms.append(TaskReset(network.fc, random_seed))
+    if config.fire_iterations > 0:
+        algorithms.append(Fire(network, optimizer, config.fire_iterations))
     if config.soft_reset > 0:
         algorithms.append(SoftReset(network, optimizer, config.soft_reset))
     return algorithms
