@@ -32,6 +32,11 @@ TINY = {
 TINY_ALGORITHM = {
     "continual_backpropagation": {"replacement_rate": 0.05, "maturity_threshold": 3},
     "shrink_and_perturb": {"noise_std": 0.001},
+    "selective_weight_reinitialization": {"reinit_freq": 7, "reinit_factor": 0.1},
+    "l2_init": {"l2_init": 0.01},
+    "redo": {"redo_reinit_frequency": 3, "redo_reinit_threshold": 0.5},
+    # A step size with which units fall silent.
+    "self_normalized_resets": {"stepsize": 1, "snr_first_threshold": 2, "snr_max_threshold": 4, "snr_update_frequency": 10},
 }
 
 GPU = torch.device("cuda", 0)  # of the tests marked `gpu`

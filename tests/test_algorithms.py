@@ -1,5 +1,6 @@
 """What holds for every algorithm: runs of earlier code go on, and what an algorithm counts is stored."""
 
+import copy
 import json
 import shutil
 import tarfile
@@ -7,12 +8,14 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from conftest import REFERENCE, differing_results, tiny_arguments
+from conftest import ALGORITHMS, REFERENCE, TINY, TINY_ALGORITHM, differing_results, tiny_arguments
 
 import incremental_cifar_experiment
 import post_run_analysis
+from incremental_cifar.config import load_config
+from incremental_cifar.learner import Learner
 from incremental_cifar.run_files import RunFiles
-from incremental_cifar.training import device_name
+from incremental_cifar.training import device_name, example_batch, tensors_in
 
 EARLIER_RUNS = sorted((REFERENCE / "interrupted_runs").glob("*.tar.xz"))
 
@@ -66,3 +69,24 @@ def test_units_reset_are_counted_per_epoch(uninterrupted):
     counts = np.load(uninterrupted("continual_backpropagation") / "units_reset_per_epoch/index-0.npy")
     assert counts.shape == (12,) and counts.dtype == np.float32 and (counts[1:] > 0).all()
     assert not list(uninterrupted("base_deep_learning_system").glob("*_reset_per_epoch"))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_state_taken_anywhere_is_all_that_later_steps_depend_on(algorithm):
+    """Within an epoch and within a method's periods, on into the next task, to the bit."""
+    values = (TINY | TINY_ALGORITHM.get(algorithm, {})).items()
+    config = load_config(f"cfg/{algorithm}.json", [f"{key}={value}" for key, value in values])
+    batch = example_batch(10, torch.device("cpu"))
+
+    def learn(learner, steps):
+        for step in steps:
+            learner.training_step(*batch, step)
+            if step == 12:
+                learner.begin_task(0)
+        return tensors_in(learner.training_step.state_dict())
+
+    whole, first, resumed = (Learner(config, 3, torch.device("cpu")) for _ in range(3))
+    learn(first, range(9))
+    resumed.training_step.load_state_dict(copy.deepcopy(first.training_step.state_dict()))
+    for one, other in zip(learn(resumed, range(9, 20)), learn(whole, range(20)), strict=True):
+        assert torch.equal(one, other)

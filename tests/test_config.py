@@ -33,6 +33,10 @@ EXPECTED = {
     "head_resetting": {"reset_head": True},
     "retrained_network": {"reset_network": True},
     "shrink_and_perturb": {"noise_std": 1e-5},
+    "selective_weight_reinitialization": {"reinit_freq": 128, "reinit_factor": 0.0005},
+    "l2_init": {"l2_init": 0.0005, "weight_decay": 0.0, "decay_batch_norm": False},
+    "upgd": {"use_upgd": True, "momentum": 0.0},
+    "soft_reset": {"soft_reset": 0.8},
 }
 
 
@@ -42,14 +46,13 @@ def test_each_config_file_loads_and_names_its_own_experiment(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", EXPECTED)
-def test_each_config_is_the_papers_algorithm(algorithm):
+def test_each_config_is_its_algorithm_at_the_papers_settings(algorithm):
     config = load_config(REPOSITORY / "cfg" / f"{algorithm}.json")
     default = Config(
         experiment_name=algorithm,
         data_path=str(REPOSITORY / "data"),
         results_dir=str(REPOSITORY / "results"),
-        **PAPER,
-        **EXPECTED[algorithm],
+        **PAPER | EXPECTED[algorithm],
     )
     assert config == default
     assert (config.num_tasks, config.classes_per_task, config.epochs_per_task, config.batch_size) == (20, 5, 200, 90)

@@ -196,7 +196,7 @@ def steps(algorithm, device, precision, num_steps=60, is_recorded=False, width=4
     config = load_config(f"cfg/{algorithm}.json", [f"{key}={value}" for key, value in TINY_ALGORITHM.get(algorithm, {}).items()])
     set_arithmetic(precision, deterministic=True)
     network = build_network(11, width).to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(network, 0.1, config.momentum, config.weight_decay)
+    optimizer = make_optimizer(network, 0.1, config.momentum, config.weight_decay, config.decay_batch_norm)
     training_step = TrainingStep(network, optimizer, precision, make_algorithms(config, network, optimizer, random_seed=3))
     evaluation_step = EvaluationStep(network, training_step.half, is_folded)
     if is_compiled:
@@ -371,30 +371,40 @@ def test_a_run_without_graphs_may_go_on_with_them_but_says_so(tmp_path, uninterr
     assert stored_results(tmp_path / "base_deep_learning_system") == stored_results(uninterrupted("base_deep_learning_system"))
 
 
-def test_on_a_gpu_that_is_only_imagined_every_tensor_is_where_it_belongs_and_nothing_waits(monkeypatch):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_on_a_gpu_that_is_only_imagined_every_tensor_is_where_it_belongs_and_nothing_waits(algorithm, monkeypatch):
     """PyTorch's fake tensors have a device and no content: mixing devices raises, and so does asking for a value.
 
-    The backward pass and the fused optimizer need a real GPU, and are left out.
+    The backward pass, the fused optimizer and a GPU's generators need a real one, and something else is there in their place.
     """
     device = torch.device("cuda", 0)
+    config = load_config(f"cfg/{algorithm}.json", [f"{key}={value}" for key, value in TINY_ALGORITHM.get(algorithm, {}).items()])
     monkeypatch.setattr(cifar100, "_channel_statistics", {})  # made here, they would be imagined for ever
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda *device: generator())
     with FakeTensorMode(allow_non_fake_inputs=True):
         with device:
             network = ResNet18(width=8)
-        monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+
+        def backward(loss):
+            for parameter in network.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
         monkeypatch.setattr(Bfloat16Copy, "pass_gradients_on", lambda half: None)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        optimizer.param_groups[0]["lr"] = torch.zeros((), device=device)  # as `make_optimizer` has it; the constructor would ask for it
         monkeypatch.setattr(optimizer, "step", lambda: None)
-        continual_backprop = ContinualBackprop(network, 3, 0.05, maturity_threshold=2)
+        algorithms = make_algorithms(config, network, optimizer, random_seed=3)
         image_set = ImageSet(np.zeros((100, 10, 32, 32, 3), np.uint8), device)
         losses, accuracies = torch.zeros(2, 100, device=device)
         for precision in ("tf32", "bf16"):
-            step = TrainingStep(network, optimizer, precision, [continual_backprop])
+            step = TrainingStep(network, optimizer, precision, algorithms)
             train_one_epoch(step, image_set, np.arange(10), 9, 11, 0, losses, accuracies, 0)
-            for generator, is_folded in ((None, False), (torch.Generator(), True)):
-                outcome = evaluate(EvaluationStep(network, step.half, is_folded), image_set, np.arange(10), generator)
+            for augmentation, is_folded in ((None, False), (generator(), True)):
+                outcome = evaluate(EvaluationStep(network, step.half, is_folded), image_set, np.arange(10), augmentation)
                 assert [value.device for value in outcome] == [device, device]
-        assert continual_backprop.step_count == 24 and continual_backprop.births.device == device
+        assert {tensor.device for tensor in tensors_in(step.state_dict())} == {device}
         with pytest.raises(RuntimeError):  # that the check can fail
             evaluate(EvaluationStep(network), ImageSet(np.zeros((100, 10, 32, 32, 3), np.uint8), CPU), np.arange(10))
 
