@@ -36,7 +36,8 @@ from torch import Tensor
 from incremental_cifar.augmentation import augmented, draw_transformations
 from incremental_cifar.command_line import OneLineArgumentParser, run_script, warn
 from incremental_cifar.config import REPOSITORY, UserError, load_config
-from incremental_cifar.cuda_graphs import CaptureError, Recorded
+from incremental_cifar.cuda_graphs import CaptureError, Recorded, has_graphs
+from incremental_cifar.learner import user_errors
 from incremental_cifar.resnet import build_network
 from incremental_cifar.training import (
     STEPS_PER_CHUNK,
@@ -49,7 +50,7 @@ from incremental_cifar.training import (
     set_arithmetic,
     train_one_epoch,
 )
-from incremental_cifar_experiment import IncrementalCIFARExperiment, user_errors
+from incremental_cifar_experiment import IncrementalCIFARExperiment
 
 ALGORITHMS = ("base_deep_learning_system", "continual_backpropagation", "head_resetting", "retrained_network", "shrink_and_perturb")
 BARE, BASE, CONTINUAL = "bare loop", *ALGORITHMS[:2]
@@ -119,16 +120,16 @@ class BenchedRun:
         config = load_config(REPOSITORY / "cfg" / f"{algorithm}.json", overrides)
         folder = os.path.join(config.results_dir, config.experiment_name)
         self.experiment = IncrementalCIFARExperiment(config.to_dict(), folder, index, verbose=False)
-        self.experiment.prepare(held, images_of=images_of.experiment if images_of is not None else None)
+        self.experiment.prepare(held, images=images_of.experiment.images if images_of is not None else None)
         self.device, self.config = self.experiment.device, self.experiment.config
         self.batch = example_batch(self.config.batch_size, self.device)
 
     @property
     def remark(self) -> str:
         """What to say beside this run's numbers: which of its steps were to be replayed from a CUDA graph and are not."""
-        run = self.experiment
+        run = self.experiment.learner
         steps = {"step": run.training_step, "evaluation": run.evaluation_step}
-        failed = [name for name, step in steps.items() if run.has_graphs and self.config.cuda_graphs and step.recorded is None]
+        failed = [name for name, step in steps.items() if has_graphs(self.device) and self.config.cuda_graphs and step.recorded is None]
         return f" ({' and '.join(failed)} not recorded)" if failed else ""
 
     def num_steps(self, num_classes: int) -> int:
@@ -136,36 +137,34 @@ class BenchedRun:
 
     def train(self, num_classes: int) -> None:
         """An epoch of training on so many classes."""
-        run = self.experiment
-        classes = run.class_order[:num_classes]
-        curves, batch_size = run.curves, self.config.batch_size
-        train_one_epoch(
-            run.training_step, run.train_set, classes, batch_size, run.random_seed, 0, curves.step_losses, curves.step_accuracies, 0
-        )
+        run, learner = self.experiment, self.experiment.learner
+        classes, losses, accuracies = run.class_order[:num_classes], learner.curves.step_losses, learner.curves.step_accuracies
+        batch_size = self.config.batch_size
+        train_one_epoch(learner.training_step, run.images.train, classes, batch_size, run.random_seed, 0, losses, accuracies, 0)
 
     def learn(self, num_steps: int) -> None:
-        """So many steps alone, all on the same black images."""
+        """So many steps alone, all on the same images."""
         for number in range(num_steps):
-            self.experiment.training_step(*self.batch, number)
+            self.experiment.learner.training_step(*self.batch, number)
 
     def evaluate(self, num_classes: int) -> None:
         """An epoch's evaluation: test and validation images of so many classes, results read from the device."""
         run = self.experiment
-        for image_set in (run.test_set, run.validation_set):
-            torch.stack(evaluate(run.evaluation_step, image_set, run.class_order[:num_classes])).tolist()
+        for image_set in (run.images.test, run.images.validation):
+            torch.stack(evaluate(run.learner.evaluation_step, image_set, run.class_order[:num_classes])).tolist()
 
     def transform(self, num_chunks: int) -> None:
         """The augmentation of so many chunks of steps alone."""
         run = self.experiment
         n = self.config.batch_size * STEPS_PER_CHUNK[self.device.type]
-        indices = torch.arange(n, device=self.device) * 7 % (100 * run.train_set.images_per_class)
+        indices = torch.arange(n, device=self.device) * 7 % (100 * run.images.train.images_per_class)
         transformations = draw_transformations(n, torch.Generator().manual_seed(0)).to(self.device)
         for _ in range(num_chunks):
-            augmented(run.train_set, indices, transformations)
+            augmented(run.images.train, indices, transformations)
 
     def reset(self, num_steps: int) -> None:
         """What continual backpropagation or the noise does after the network in so many steps, alone."""
-        step = self.experiment.training_step
+        step = self.experiment.learner.training_step
         for number in range(num_steps):
             for algorithm in step.algorithms:
                 algorithm.after_step(number)
@@ -194,7 +193,7 @@ class Bench:
         base.train(self.classes)
         base.evaluate(self.classes)
         self.peak_memory = peak_memory(device)  # of one run, before there are others
-        bare = BareLoop(parsed.width, parsed.batch_size, precision, device, base.experiment.has_graphs)
+        bare = BareLoop(parsed.width, parsed.batch_size, precision, device, has_graphs(device))
         self.variants: dict[str, BareLoop | BenchedRun] = {BARE: bare, BASE: base}
         self.variants |= {algorithm: self.new_run(algorithm) for algorithm in ALGORITHMS[1:]}
         if self.is_gpu:
@@ -283,7 +282,7 @@ class Bench:
         def train(run: BenchedRun, stream: torch.cuda.Stream) -> None:
             with torch.cuda.stream(stream):
                 run.train(self.classes)
-                run.experiment.curves.step_losses[0].item()  # waits for this stream
+                run.experiment.learner.curves.step_losses[0].item()  # waits for this stream
 
         def train_together(count: int) -> None:
             with ThreadPoolExecutor(count) as threads:

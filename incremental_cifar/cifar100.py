@@ -14,13 +14,14 @@ import pickle
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from incremental_cifar.command_line import warn
-from incremental_cifar.config import NUM_CLASSES, TEST_IMAGES_PER_CLASS, TRAIN_IMAGES_PER_CLASS, UserError
+from incremental_cifar.config import NUM_CLASSES, TEST_IMAGES_PER_CLASS, TRAIN_IMAGES_PER_CLASS, Config, UserError
 from incremental_cifar.safe_files import lock, share
 
 IMAGE_SIZE = 32  # height and width
@@ -223,3 +224,18 @@ def draw_synthetic_images(train_images_per_class: int, test_images_per_class: in
             field += rngs[4].integers(0, NOISE_LEVELS, field.shape, dtype=np.uint8)
             images[label] = field.clip(0, 255, out=field)
     return splits[0], splits[1]
+
+
+class ImageSets(NamedTuple):
+    """The images of a run: those that train, those that choose the best network of a task, and those that measure."""
+
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+
+
+def load_image_sets(config: Config, device: torch.device) -> ImageSets:
+    """Read the images that a config asks for and put them on the device. Raises UserError, see `load_images`."""
+    num_validation, num_train = config.validation_images_per_class, config.train_images_per_class
+    train, test = load_images(config.dataset, config.data_path, num_validation + num_train, config.test_images_per_class)
+    return ImageSets(ImageSet(train[:, num_validation:], device), ImageSet(train[:, :num_validation], device), ImageSet(test, device))

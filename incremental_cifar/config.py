@@ -116,15 +116,10 @@ class Config:
     decay_batch_norm: bool = setting(True, "Whether `weight_decay` and `l2_init` act on batch norm's weights and biases too.")
     momentum: float = setting(0.9, "Momentum of SGD; kept across tasks.", _BELOW_1)
 
-    # Shrink and perturb
+    # The paper's algorithms
     noise_std: float = setting(
-        0.0,
-        "Standard deviation of the Gaussian noise added to every parameter after every step (the shrinking is `weight_decay`); 0: none.",
-        _at_least(0),
-        method="Shrink and perturb",
+        0.0, "Standard deviation of the noise added to all parameters in every step; 0: none.", _at_least(0), method="Shrink and perturb"
     )
-
-    # Continual backpropagation
     use_cbp: bool = setting(False, "Draw the least useful mature units anew, very few in a step.", method="Continual backpropagation")
     replacement_rate: float = setting(
         0.0, "Share of a layer's units that is reset; not 0.", _between(0, 1), unit="share per step", of="use_cbp"
@@ -143,23 +138,9 @@ class Config:
         "Average the feature's magnitude with decay 0.99 and clear it at a reset, as the paper says. False: its sum, as released.",
         of="use_cbp",
     )
-
-    # At the end of a task
     reset_head: bool = setting(False, "Draw the output layer anew at the end of every task but the last.", method="Head resetting")
     reset_network: bool = setting(
         False, "Draw all layers anew at the end of every task but the last; includes `reset_head`.", method="Retrained network"
-    )
-    fire_iterations: int = setting(
-        0,
-        "Newton-Schulz iterations that make the weights nearly orthogonal at the end of every task but the last; 0: none.",
-        _between(0, 100),
-        method="FIRE",
-    )
-    soft_reset: float = setting(
-        0.0,
-        "Share of the way that all parameters go back to their initial values at the end of every task but the last.",
-        _between(0, 1),
-        method="Soft reset",
     )
     early_stopping: bool = setting(
         False, "At the end of a task, go back to its epoch of best validation accuracy (the first of equals), batch-norm buffers included."
@@ -167,35 +148,19 @@ class Config:
 
     # Methods of others
     reinit_freq: int = setting(
-        0,
-        "Time between reinitialisations of weights; 0: none.",
-        _at_least(0),
-        unit="steps",
-        method="Selective weight reinitialization",
+        0, "Time between reinitialisations of weights; 0: none.", _at_least(0), unit="steps", method="Selective weight reinitialization"
     )
     reinit_factor: float = setting(
-        0.0,
-        "How many weights: up to this times the mean utility of their tensor, or, if proportional, this share of them; not 0.",
-        _at_least(0),
-        of="reinit_freq",
+        0.0, "Threshold of utility, as a share of a tensor's mean; or the proportion of its weights. Not 0.", _at_least(0), of="reinit_freq"
     )
     swr_utility: str = setting(
-        "gradient",
-        "Utility of a weight: its size times its gradient's, or its size.",
-        _one_of("gradient", "magnitude"),
-        of="reinit_freq",
+        "gradient", "Utility of a weight: its size times its gradient's, or its size.", _one_of("gradient", "magnitude"), of="reinit_freq"
     )
     pruning_method: str = setting(
-        "threshold",
-        "Weights that are reinitialised in each tensor: all up to a threshold of utility, or a proportion, the least useful.",
-        _one_of("threshold", "proportional"),
-        of="reinit_freq",
+        "threshold", "Reinitialise weights up to a threshold, or a proportion.", _one_of("threshold", "proportional"), of="reinit_freq"
     )
     reinit_strat: str = setting(
-        "resample",
-        "New weights: drawn as the initial ones, or the mean of these.",
-        _one_of("resample", "mean"),
-        of="reinit_freq",
+        "resample", "New weights are drawn as the initial ones, or the mean of these.", _one_of("resample", "mean"), of="reinit_freq"
     )
     redo_reinit_frequency: int = setting(0, "Time between resets of dormant units; 0: none.", _at_least(0), unit="steps", method="ReDo")
     redo_reinit_threshold: float = setting(
@@ -210,13 +175,22 @@ class Config:
     snr_first_threshold: int = setting(111, "Threshold of every unit at the start.", _between(1, 10_000), unit="steps", of="use_snr")
     snr_max_threshold: int = setting(222, "Largest threshold, not below the first.", _between(1, 10_000), unit="steps", of="use_snr")
     snr_update_frequency: int = setting(1000, "Time between updates of the thresholds.", _at_least(1), unit="steps", of="use_snr")
+    fire_iterations: int = setting(
+        0, "Iterations that make weights nearly orthogonal at the end of every task but the last; 0: none.", _between(0, 100), method="FIRE"
+    )
+    soft_reset: float = setting(
+        0.0,
+        "Share of the way back to the initial parameters, at the end of every task but the last; 0: none.",
+        _between(0, 1),
+        method="Soft reset",
+    )
 
     # How it is computed
     combine: bool = setting(False, "Allow methods at once of which not all are the paper's.", free=True)
     checkpoint_save_frequency: int = setting(0, "Time between checkpoints; 0: one task.", _at_least(0), unit="epochs", free=True)
     device: str = setting(
         "auto",
-        "`auto`: the first GPU, or the CPU. Where a run is resumed elsewhere, exactness to the bit ends.",
+        "`auto`: the first GPU, or the CPU. Resuming elsewhere ends exactness to the bit.",
         (is_device_name, DEVICE_NAMES),
         free=True,
     )
@@ -232,7 +206,7 @@ class Config:
     )
     fold_batch_norm: Auto = setting(
         "auto",
-        "Evaluate (not train) with batch norm made part of the convolutions: faster on a GPU, and other last bits of losses (very rarely "
+        "Evaluate, not train, with batch norm made part of the convolutions: faster on a GPU, and other last bits of losses (very rarely "
         "of an accuracy, and so of the epoch that early stopping takes). `auto`: on a GPU. A run keeps what it began with.",
     )
     cuda_graphs: bool = setting(True, "On a GPU, record a step once and replay it: the same results, faster.", free=True)

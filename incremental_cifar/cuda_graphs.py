@@ -26,6 +26,11 @@ WARM_UP_CALLS = 3  # before recording, so that libraries have chosen their kerne
 Recording = tuple[Callable[[], None], tuple[Tensor, ...]]  # what replays the function, and where its outputs then are
 
 
+def has_graphs(device: torch.device) -> bool:
+    """Whether this device can record and replay what it does."""
+    return device.type == "cuda"
+
+
 class CaptureError(RuntimeError):
     """A function cannot be recorded as a CUDA graph; the message says why."""
 

@@ -6,6 +6,7 @@ import torch
 from conftest import GPU, REPOSITORY
 
 import bench
+import incremental_cifar_experiment
 from incremental_cifar import cuda_graphs
 from incremental_cifar.command_line import run_script
 from incremental_cifar.cuda_graphs import Recorded
@@ -110,7 +111,8 @@ def imagined_gpu(monkeypatch):
 
     def use(record):
         monkeypatch.setattr(bench, "is_gpu", lambda device: True, raising=False)
-        monkeypatch.setattr(bench.IncrementalCIFARExperiment, "has_graphs", property(lambda self: True))
+        for module in (bench, incremental_cifar_experiment):
+            monkeypatch.setattr(module, "has_graphs", lambda device: True)
         monkeypatch.setattr(Recorded.__init__, "__defaults__", (record,))
         monkeypatch.setattr(Recorded, "first_failure", None)
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)

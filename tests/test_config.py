@@ -117,10 +117,10 @@ CBP = EXPECTED["continual_backpropagation"]
         ({"weight_decay": 0, "decay_batch_norm": False, "l2_init": 0.001}, ["L2 Init"]),
         ({"redo_reinit_frequency": 1000}, ["ReDo"]),
         ({"use_snr": True}, ["Self-normalized resets"]),
-        ({"use_upgd": True, "momentum": 0, "soft_reset": 0.8, "combine": True}, ["Soft reset", "UPGD"]),
+        ({"use_upgd": True, "momentum": 0, "soft_reset": 0.8, "combine": True}, ["UPGD", "Soft reset"]),
         (
             {"reset_network": True, "fire_iterations": 10, **SWR, "combine": True},
-            ["Retrained network", "FIRE", "Selective weight reinitialization"],
+            ["Retrained network", "Selective weight reinitialization", "FIRE"],
         ),
     ],
 )
@@ -306,7 +306,7 @@ BAD_CONFIGS = {
     ),
     "three methods": (
         '{"redo_reinit_frequency": 9, "reset_network": true, "reset_head": true, "soft_reset": 1}',
-        "Retrained network (reset_network) and Soft reset (soft_reset) and ReDo (redo_reinit_frequency) are on at once",
+        "Retrained network (reset_network) and ReDo (redo_reinit_frequency) and Soft reset (soft_reset) are on at once",
     ),
     "name with a folder": ('{"experiment_name": "../../etc"}', "the name of one folder"),
     "key twice": ('{"stepsize": 0.1, "stepsize": 0.2}', 'key "stepsize" appears twice'),

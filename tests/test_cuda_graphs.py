@@ -274,7 +274,7 @@ def recorder(monkeypatch):
     def use(record):
         monkeypatch.setattr(Recorded.__init__, "__defaults__", (record,))
         monkeypatch.setattr(Recorded, "first_failure", None)
-        monkeypatch.setattr(incremental_cifar_experiment.IncrementalCIFARExperiment, "has_graphs", property(lambda self: True))
+        monkeypatch.setattr(incremental_cifar_experiment, "has_graphs", lambda device: True)
 
     return use
 
@@ -286,8 +286,10 @@ def test_whole_runs_from_recorded_steps_are_the_plain_runs(algorithm, tmp_path, 
     run_one(algorithm, tmp_path / "plain", batch_size=12)
     recorder(record_operations)
     experiment = run_one(algorithm, tmp_path / "recorded", batch_size=12)
-    assert isinstance(experiment.training_step.recorded, Recorded) and isinstance(experiment.evaluation_step.recorded, Recorded)
-    assert experiment.is_recorded and "warning" not in capsys.readouterr().err
+    assert isinstance(experiment.learner.training_step.recorded, Recorded) and isinstance(
+        experiment.learner.evaluation_step.recorded, Recorded
+    )
+    assert experiment.learner.is_recorded and "warning" not in capsys.readouterr().err
     assert stored_results(tmp_path / "recorded" / algorithm) == stored_results(tmp_path / "plain" / algorithm)
 
 
@@ -316,7 +318,7 @@ def test_where_recording_is_impossible_a_run_says_so_and_gives_the_same(where, t
     experiment = run_one("continual_backpropagation", tmp_path)
     errors = capsys.readouterr().err
     assert errors.count("warning") == 1 and "cannot be recorded as a CUDA graph (operation not permitted" in errors
-    assert experiment.is_recorded is False and experiment.environment["cuda_graphs"] is False
+    assert not experiment.learner.is_recorded and experiment.environment["cuda_graphs"] is False
     assert stored_results(tmp_path / "continual_backpropagation") == stored_results(uninterrupted("continual_backpropagation"))
     run_one("continual_backpropagation", tmp_path / "again", num_tasks=1)  # not tried again in this process, but said again
     assert capsys.readouterr().err.count("cannot be recorded as a CUDA graph (operation not permitted") == 1
@@ -333,7 +335,7 @@ def test_where_only_the_evaluation_cannot_be_recorded_the_training_still_is(tmp_
     recorder(record_operations)
     monkeypatch.setattr(EvaluationStep, "evaluate_batch", not_recorded)
     experiment = run_one("base_deep_learning_system", tmp_path)
-    assert experiment.is_recorded and isinstance(experiment.training_step.recorded, Recorded)
+    assert experiment.learner.is_recorded and isinstance(experiment.learner.training_step.recorded, Recorded)
     assert "an evaluation step cannot be recorded as a CUDA graph (this part not)" in capsys.readouterr().err
     assert stored_results(tmp_path / "base_deep_learning_system") == stored_results(uninterrupted("base_deep_learning_system"))
 
@@ -352,7 +354,7 @@ def test_where_compiling_fails_a_run_that_left_it_open_goes_on_without(tmp_path,
     assert (
         capsys.readouterr().err.count("warning: torch.compile failed (no compiler here); this run goes on with compile_network=false") == 1
     )
-    assert experiment.is_recorded and experiment.files.load_config().compile_network is False
+    assert experiment.learner.is_recorded and experiment.files.load_config().compile_network is False
     assert stored_results(tmp_path / "base_deep_learning_system") == stored_results(uninterrupted("base_deep_learning_system"))
     with pytest.raises(UserError, match=r"torch\.compile failed \(no compiler here\); use compile_network=false"):
         run_one("base_deep_learning_system", tmp_path / "asked for", compile_network=True)
@@ -454,7 +456,7 @@ def test_a_thread_that_gets_no_stream_ends_with_an_error(tmp_path, monkeypatch, 
     for index in range(2):
         settings = TINY | {"results_dir": str(tmp_path)}
         experiments.append(incremental_cifar_experiment.IncrementalCIFARExperiment(settings, str(tmp_path / "run"), index, verbose=False))
-        monkeypatch.setattr(experiments[-1], "prepare", lambda held, images_of: True)
+        monkeypatch.setattr(experiments[-1], "prepare", lambda locks, images: True)
         monkeypatch.setattr(experiments[-1], "device", torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "Stream", no_stream)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
@@ -631,7 +633,9 @@ def test_on_a_gpu_whole_runs_from_recorded_steps_are_the_plain_runs(algorithm, t
     monkeypatch.setitem(training.EVALUATION_BATCH_SIZE, GPU.type, 4)
     run_one(algorithm, tmp_path / "plain", **GPU_SETTINGS, precision="bf16", cuda_graphs=False)
     experiment = run_one(algorithm, tmp_path / "recorded", **GPU_SETTINGS, precision="bf16")
-    assert isinstance(experiment.training_step.recorded, Recorded) and isinstance(experiment.evaluation_step.recorded, Recorded)
+    assert isinstance(experiment.learner.training_step.recorded, Recorded) and isinstance(
+        experiment.learner.evaluation_step.recorded, Recorded
+    )
     assert "warning: " not in capsys.readouterr().err
     assert differing_results(tmp_path / "recorded" / algorithm, tmp_path / "plain" / algorithm) == []
 
@@ -658,14 +662,14 @@ def test_on_a_gpu_runs_side_by_side_are_those_alone(algorithm, precision, tmp_pa
 
 def stop_in_epoch_6():
     """In the process of a run: as if somebody asked it to stop while it trains its sixth epoch."""
-    train_epoch = incremental_cifar_experiment.IncrementalCIFARExperiment.train_epoch
+    train = incremental_cifar_experiment.IncrementalCIFARExperiment.train
 
     def stopping(self, epoch, *arguments):
         if epoch == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-        train_epoch(self, epoch, *arguments)
+        train(self, epoch, *arguments)
 
-    incremental_cifar_experiment.IncrementalCIFARExperiment.train_epoch = stopping
+    incremental_cifar_experiment.IncrementalCIFARExperiment.train = stopping
 
 
 @pytest.mark.gpu

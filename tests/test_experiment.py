@@ -20,6 +20,7 @@ from incremental_cifar.cifar100 import draw_synthetic_images
 from incremental_cifar.command_line import run_script
 from incremental_cifar.config import UserError
 from incremental_cifar.learning_curves import METRICS, LearningCurves
+from incremental_cifar.progress import work_before
 from incremental_cifar.resnet import build_network
 from incremental_cifar.run_files import RunFiles, state_digest
 from incremental_cifar.seeds import draw_class_order, experiment_seed
@@ -117,14 +118,14 @@ def signal_in_epoch(number, signal_number):
     """Have this process get a signal when the so-many-th epoch begins, from 1."""
     import incremental_cifar_experiment as script_module
 
-    train_epoch = script_module.IncrementalCIFARExperiment.train_epoch
+    train = script_module.IncrementalCIFARExperiment.train
 
-    def train(self, epoch, classes, stepsize):
+    def train_with_signal(self, epoch, classes, stepsize):
         if epoch + 1 == number:
             signal.raise_signal(signal_number)
-        train_epoch(self, epoch, classes, stepsize)
+        train(self, epoch, classes, stepsize)
 
-    script_module.IncrementalCIFARExperiment.train_epoch = train
+    script_module.IncrementalCIFARExperiment.train = train_with_signal
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
@@ -142,7 +143,7 @@ def signal_in_preparation(number):
         signal.raise_signal(number)
         raise UserError("it went on")
 
-    script_module.load_images = wait
+    script_module.load_image_sets = wait
 
 
 def ignore_and_lose_connection():
@@ -247,14 +248,14 @@ def test_a_run_that_fails_does_not_take_those_beside_it_along(tmp_path, script):
 def make_index_2_diverge():
     import incremental_cifar_experiment as script_module
 
-    build_learner = script_module.IncrementalCIFARExperiment.build_learner
+    record_steps = script_module.IncrementalCIFARExperiment.record_steps
 
-    def build(self):
-        build_learner(self)
+    def spoil(self):
+        record_steps(self)
         if self.run_index == 2:
-            torch.nn.init.constant_(self.network.fc.weight, torch.inf)
+            torch.nn.init.constant_(self.learner.network.fc.weight, torch.inf)
 
-    script_module.IncrementalCIFARExperiment.build_learner = build
+    script_module.IncrementalCIFARExperiment.record_steps = spoil
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(tmp_path, script):
@@ -308,10 +309,10 @@ def test_a_network_that_is_lost_in_the_last_step_is_not_called_finished(tmp_path
     from incremental_cifar_experiment import IncrementalCIFARExperiment
 
     class Lost(IncrementalCIFARExperiment):
-        def train_epoch(self, epoch, classes, stepsize):
-            super().train_epoch(epoch, classes, stepsize)
+        def train(self, epoch, classes, stepsize):
+            super().train(epoch, classes, stepsize)
             if epoch == 3:
-                torch.nn.init.constant_(self.network.fc.weight, torch.nan)
+                torch.nn.init.constant_(self.learner.network.fc.weight, torch.nan)
 
     with pytest.raises(UserError, match="no longer finite in epoch 4"):
         Lost(TINY | {"num_tasks": 1}, str(tmp_path / "run"), 0, verbose=False).run()
@@ -354,10 +355,10 @@ def test_files_deleted_before_a_run_is_resumed(deleted, changes, message, tmp_pa
     import incremental_cifar_experiment as script_module
 
     class Stopped(script_module.IncrementalCIFARExperiment):
-        def train_epoch(self, epoch, classes, stepsize):
+        def train(self, epoch, classes, stepsize):
             if epoch == 6:
                 raise KeyboardInterrupt
-            super().train_epoch(epoch, classes, stepsize)
+            super().train(epoch, classes, stepsize)
 
     algorithm = "base_deep_learning_system"
     arguments = tiny_arguments(algorithm, tmp_path, checkpoint_save_frequency=6)
@@ -383,10 +384,10 @@ def interrupted(tmp_path_factory):
     import incremental_cifar_experiment as script_module
 
     class Interrupted(script_module.IncrementalCIFARExperiment):
-        def train_epoch(self, epoch, classes, stepsize):
+        def train(self, epoch, classes, stepsize):
             if epoch == 6:
                 raise KeyboardInterrupt
-            super().train_epoch(epoch, classes, stepsize)
+            super().train(epoch, classes, stepsize)
 
     folder = tmp_path_factory.mktemp("interrupted") / BASE
     config, *_ = script_module.parse_arguments(arguments_of(folder.parent))
@@ -501,7 +502,7 @@ def test_a_finished_run_that_is_not_in_the_list_is_recognised(keep, tmp_path, un
     make_kept(folder, keep)
     before = everything_in(folder)
     (folder / "experiment_indices.npy").unlink()
-    monkeypatch.setattr(script_module.IncrementalCIFARExperiment, "load_data", lambda *_: pytest.fail("it was begun"))
+    monkeypatch.setattr(script_module.IncrementalCIFARExperiment, "record_steps", lambda *_: pytest.fail("it was begun"))
     capsys.readouterr()
     assert run_script(script_module.main, tiny_arguments(BASE, tmp_path)) == 0
     output = capsys.readouterr()
@@ -556,7 +557,7 @@ def test_models_that_are_gone_are_noticed_when_a_run_is_resumed(content, results
     delete("model_parameters/index-0_epoch-4.pt")(folder)
     if content is not None:
         (folder / "model_parameters" / "index-0_epoch-4.pt").write_bytes(content)
-    monkeypatch.setattr(script_module.IncrementalCIFARExperiment, "train", lambda *_: pytest.fail("an epoch was trained"))
+    monkeypatch.setattr(script_module.IncrementalCIFARExperiment, "run_tasks", lambda *_: pytest.fail("an epoch was trained"))
     assert start(results) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and "index-0_epoch-4.pt: this model is not there" in error
@@ -604,7 +605,7 @@ def test_other_code_than_the_last_checkpoints_is_named(before, here, named, resu
     monkeypatch.setattr(script_module, "describe_environment", lambda *arguments: describe(*arguments) | present)
     config_file = results / BASE / "config_files" / "index-0.json"
     started = json.loads(config_file.read_text())
-    monkeypatch.setattr(script_module.IncrementalCIFARExperiment, "train", lambda *_: 1 / 0)
+    monkeypatch.setattr(script_module.IncrementalCIFARExperiment, "run_tasks", lambda *_: 1 / 0)
     for _ in range(2):  # every resumption is recorded
         with pytest.raises(ZeroDivisionError):
             start(results)
@@ -667,9 +668,9 @@ def test_early_stopping_goes_back_to_the_first_best_epoch(tmp_path, monkeypatch)
     states = []
 
     class Recorded(script_module.IncrementalCIFARExperiment):
-        def evaluate_epoch(self, epoch, classes, stepsize):
-            super().evaluate_epoch(epoch, classes, stepsize)
-            states.append({name: tensor.clone() for name, tensor in self.network.state_dict().items()})
+        def measure(self, epoch, classes, stepsize):
+            super().measure(epoch, classes, stepsize)
+            states.append({name: tensor.clone() for name, tensor in self.learner.network.state_dict().items()})
             return next(accuracies)
 
     settings = TINY | {"num_tasks": 2, "early_stopping": True}
@@ -690,8 +691,8 @@ def test_resets_at_the_end_of_a_task(tmp_path, setting, kept):
     class Recorded(IncrementalCIFARExperiment):
         def end_task(self, task):
             super().end_task(task)
-            after.append({name: tensor.clone() for name, tensor in self.network.state_dict().items()})
-            self.largest_momentum = max(state["momentum_buffer"].abs().max() for state in self.optimizer.state.values())
+            after.append({name: tensor.clone() for name, tensor in self.learner.network.state_dict().items()})
+            self.largest_momentum = max(state["momentum_buffer"].abs().max() for state in self.learner.optimizer.state.values())
 
     settings = TINY | {"num_tasks": 2, setting: True}
     experiment = Recorded(settings, str(tmp_path / "run"), 0, verbose=False)
@@ -711,7 +712,7 @@ def test_a_full_gpu_is_one_line(tmp_path, monkeypatch, capsys):
     def full(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore advice.")
 
-    monkeypatch.setattr(script_module.IncrementalCIFARExperiment, "build_learner", full)
+    monkeypatch.setattr(script_module.IncrementalCIFARExperiment, "record_steps", full)
     assert run_script(script_module.main, tiny_arguments("base_deep_learning_system", tmp_path)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "memory is full (CUDA out of memory. Tried to allocate 2 GiB.)" in error and "More" not in error
@@ -742,7 +743,7 @@ def no_memory_to_save(*_, **__):
 @pytest.mark.parametrize(
     ("place", "failure"),
     [
-        ("incremental_cifar_experiment.load_images", no_memory_for_python),
+        ("incremental_cifar_experiment.load_image_sets", no_memory_for_python),
         ("incremental_cifar_experiment.train_one_epoch", no_memory_for_a_convolution),
         ("torch.save", no_memory_to_save),
         ("torch.load", no_memory),
@@ -795,11 +796,9 @@ def test_progress_counts_work_not_epochs(tmp_path, capsys):
     from incremental_cifar_experiment import IncrementalCIFARExperiment
 
     experiment = IncrementalCIFARExperiment(dict(TINY), str(tmp_path / "run"), 0, verbose=False)
-    bar = experiment.make_progress_bar(first_epoch=4)
-    assert bar.initial / bar.total == pytest.approx(1 / 6)
-    bar.close()
+    assert work_before(experiment.config, 4) / work_before(experiment.config, 12) == pytest.approx(1 / 6)
     experiment.run()
-    assert experiment.progress.n == experiment.progress.total == (2 + 4 + 6) * 4 * (3 * 20 + 5 + 5)
+    assert experiment.progress.bar.n == experiment.progress.bar.total == (2 + 4 + 6) * 4 * (3 * 20 + 5 + 5)
     assert "100.0%" in capsys.readouterr().err
 
 

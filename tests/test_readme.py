@@ -2,9 +2,13 @@
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 
+import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, TINY
 
 import incremental_cifar_experiment
 from incremental_cifar.config import FIELDS, UserError, differing_keys, load_config
@@ -90,3 +94,39 @@ def test_settings_are_read_as_the_table_of_differences_says(tmp_path):
     rows = dict(re.findall(r"^\| (.+?) \|.* \| (.+?) \|$", text.partition("## Differences")[2].partition("\n## ")[0], re.MULTILINE))
     assert rows["`debug`"] == "accepted, without effect" and rows["keys that are not known"] == "refused"
     assert rows["`num_workers`"].endswith(f"default {FIELDS['num_workers'].default}") and rows["`noise_std: 0`, not `0.0`"] == "no noise"
+
+
+def test_the_algorithm_of_the_readme_works_like_those_that_are_there(tmp_path):
+    """Put where the README says: interrupted, recorded, analysed, drawn and explained, and the table of keys is made with it."""
+    section = (REPOSITORY / "README.md").read_text().partition("## To write your own algorithm")[2]
+    (own_file, field, switch), (config,) = (re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL)[:3] for kind in ("python", "json"))
+    copy = tmp_path / "repository"
+    shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(".*", "data", "results", "__pycache__"))
+
+    def edit(name, before, text):
+        path = copy / name
+        assert path.read_text().count(before) == 1
+        path.write_text(path.read_text().replace(before, text + before))
+
+    (copy / "incremental_cifar/algorithms/gradient_clipping.py").write_text(own_file)
+    edit("incremental_cifar/config.py", "\n    @property\n    def num_epochs(", field)
+    edit("incremental_cifar/algorithms/__init__.py", "    return algorithms\n", switch)
+    line = "from incremental_cifar.algorithms.gradient_clipping import GradientClipping\n"
+    edit("incremental_cifar/algorithms/__init__.py", "from incremental_cifar.algorithms.task_reset import", line)
+    (copy / "cfg/gradient_clipping.json").write_text(config)
+
+    def python(*command, expected=0):
+        done = subprocess.run([sys.executable, *map(str, command)], cwd=copy, capture_output=True, text=True)
+        assert done.returncode == expected, done.stdout + done.stderr
+        return done.stdout
+
+    python("-m", "pytest", "-q", "-n", "0", "-k", "gradient_clipping", "tests/test_cuda_graphs.py", "tests/test_experiment.py")
+    assert "Gradient clipping. Longest gradient" in python("incremental_cifar_experiment.py", "--explain", "gradient_length")
+    tiny = [f"{key}={value}" for key, value in TINY.items()]
+    python("incremental_cifar_experiment.py", "--config", "cfg/gradient_clipping.json", "--set", *tiny)
+    folder = copy / "results" / "gradient_clipping"
+    python("post_run_analysis.py", "--results_dir", folder)
+    assert 0 < np.load(folder / "clipped_steps_per_epoch/index-0.npy").min()
+    for metric in ("clipped_steps_per_epoch", "next_task_dormant_units_analysis"):
+        python("plots/plot_incremental_cifar_results.py", "--results_dir", "results", "--metric", metric, "--output", f"{metric}.png")
+        assert (copy / f"{metric}.png").stat().st_size > 5000
