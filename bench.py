@@ -1,15 +1,16 @@
 """How fast runs are, beside a bare loop in the same process: the tables under "Cost" in the README.
 
-    python bench.py                              # full width, batch 90, this machine's device; under five minutes
+    python bench.py                              # full width, batch 90, this machine's device, all of cfg/; under four minutes
     python bench.py --width 8 --precisions bf16  # smaller, quicker
+    python bench.py --configs cfg/redo.json      # the base system and this
     python bench.py --released ~/loss-of-plasticity --data-path data    # and the released code's own training loop
     python bench.py --profile                    # and what a step's time goes into
 
-Images are the built-in ones. Nothing is simplified: an epoch is that of a run, with its order, augmentation, resets or noise and metrics,
-and evaluation as a run does it. The variants take turns, and tables show the fastest turn of each: what else a machine does only slows.
-Each precision has a process of its own, so that neither its memory nor a recording that failed is another's; a table is printed as soon as
-it is measured. The bare loop is forward, loss, backward and torch.optim.SGD on one fixed batch, channels-last; on a GPU it is replayed from
-a CUDA graph too, and waits for nothing.
+Images are the built-in ones. Nothing is simplified: an epoch is that of a run, with its order, augmentation, algorithm and metrics, and
+evaluation as a run does it. (What an algorithm does only once in many steps, or between tasks, is not in the steps that are timed.) The
+variants take turns, and tables show the fastest turn of each: what else a machine does only slows. Each precision has a process of its own,
+so that neither its memory nor a recording that failed is another's; a table is printed as soon as it is measured. The bare loop is forward,
+loss, backward and torch.optim.SGD on one fixed batch, channels-last; on a GPU it is replayed from a CUDA graph too, and waits for nothing.
 """
 
 import argparse
@@ -52,8 +53,7 @@ from incremental_cifar.training import (
 )
 from incremental_cifar_experiment import IncrementalCIFARExperiment
 
-ALGORITHMS = ("base_deep_learning_system", "continual_backpropagation", "head_resetting", "retrained_network", "shrink_and_perturb")
-BARE, BASE, CONTINUAL = "bare loop", *ALGORITHMS[:2]
+BARE, BASE, CONTINUAL = "bare loop", "base_deep_learning_system", "continual_backpropagation"
 NUM_CLASSES_OF_TASKS = range(5, 101, 5)
 EPOCHS_PER_TASK, IMAGES_PER_CLASS = 200, 450
 CLASSES_OF_EPOCHS = (5, 50, 100)  # of the epochs that a GPU is timed on
@@ -113,11 +113,11 @@ class BareLoop:
 class BenchedRun:
     """A run of the experiment in a temporary folder, whose epochs are timed one by one."""
 
-    def __init__(self, held: contextlib.ExitStack, algorithm: str, index: int, settings: dict[str, object], images_of: "BenchedRun | None"):
+    def __init__(self, held: contextlib.ExitStack, path: Path, index: int, settings: dict[str, object], images_of: "BenchedRun | None"):
         # The paper's rate, but mature at once: every unit is a candidate from the start, and resets are as frequent as in a long run.
         always = {"dataset": "synthetic", "results_dir": held.enter_context(tempfile.TemporaryDirectory()), "maturity_threshold": 1}
         overrides = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in (always | settings).items()]
-        config = load_config(REPOSITORY / "cfg" / f"{algorithm}.json", overrides)
+        config = load_config(path, overrides)
         folder = os.path.join(config.results_dir, config.experiment_name)
         self.experiment = IncrementalCIFARExperiment(config.to_dict(), folder, index, verbose=False)
         self.experiment.prepare(held, images=images_of.experiment.images if images_of is not None else None)
@@ -163,10 +163,9 @@ class BenchedRun:
             augmented(run.images.train, indices, transformations)
 
     def reset(self, num_steps: int) -> None:
-        """What continual backpropagation or the noise does after the network in so many steps, alone."""
-        step = self.experiment.learner.training_step
+        """What the host has algorithms do after so many steps, alone: resets, noise."""
         for number in range(num_steps):
-            for algorithm in step.algorithms:
+            for algorithm in self.experiment.learner.training_step.algorithms:
                 algorithm.after_step(number)
 
 
@@ -176,7 +175,7 @@ class Bench:
     def __init__(self, held: contextlib.ExitStack, device: torch.device, precision: str, parsed: argparse.Namespace):
         self.held, self.device, self.precision = held, device, precision
         self.is_gpu = is_gpu(device)
-        self.batch_size, self.turns = parsed.batch_size, parsed.turns or (5 if self.is_gpu else 10)
+        self.batch_size, self.turns = parsed.batch_size, parsed.turns or 5
         # The epochs whose steps are timed have 100 steps on a GPU. On a CPU they have one, so that variants take turns every second.
         self.classes = parsed.classes or (20 if self.is_gpu else 1)
         self.images_per_class = IMAGES_PER_CLASS if self.is_gpu else min(parsed.batch_size, IMAGES_PER_CLASS)
@@ -188,6 +187,7 @@ class Bench:
             "train_images_per_class": self.images_per_class,
             "compile_network": False,  # takes its time for every run: see `compiled_steps`
         }
+        self.configs = {config.experiment_name: path for path, config in parsed.configs.items()}
         self.first: BenchedRun | None = None
         base = self.new_run()
         base.train(self.classes)
@@ -195,14 +195,15 @@ class Bench:
         self.peak_memory = peak_memory(device)  # of one run, before there are others
         bare = BareLoop(parsed.width, parsed.batch_size, precision, device, has_graphs(device))
         self.variants: dict[str, BareLoop | BenchedRun] = {BARE: bare, BASE: base}
-        self.variants |= {algorithm: self.new_run(algorithm) for algorithm in ALGORITHMS[1:]}
+        self.variants |= {algorithm: self.new_run(algorithm) for algorithm in self.configs if algorithm != BASE}
+        self.typical = CONTINUAL if CONTINUAL in self.variants else BASE  # whose epochs are timed
         if self.is_gpu:
             self.variants["base, cuda_graphs=false"] = self.new_run(cuda_graphs=False)
             self.variants["base, deterministic=false"] = self.new_run(deterministic=False)
             set_arithmetic(precision, deterministic=True)
 
     def new_run(self, algorithm: str = BASE, index: int = 0, **settings: object) -> BenchedRun:
-        run = BenchedRun(self.held, algorithm, index, self.settings | settings, self.first)
+        run = BenchedRun(self.held, self.configs[algorithm], index, self.settings | settings, self.first)
         self.first = self.first or run
         return run
 
@@ -221,12 +222,12 @@ class Bench:
         num_steps = self.first.num_steps(self.classes)
         epochs = {name: functools.partial(self.variants[name].train, self.classes) for name in names if name != BARE}
         times = self.fastest({BARE: functools.partial(self.variants[BARE].learn, num_steps)} | epochs)
+        data = self.seconds_of(self.first.transform) / STEPS_PER_CHUNK[self.device.type]
         rows = []
         for name, value in times.items():
             run, step = self.variants[name], value / num_steps
             parts = ["", "", ""]
-            if name in ALGORITHMS:
-                data = self.seconds_of(run.transform) / STEPS_PER_CHUNK[self.device.type]
+            if name in self.configs:
                 # On a GPU, what the host does meanwhile costs nothing: there, it is what a step takes longer than the base system's.
                 reset = step - times[BASE] / num_steps if self.is_gpu else self.seconds_of(run.reset)
                 parts = [f"{1000 * part:.2f}" for part in (data, step - data - reset, reset)]
@@ -246,9 +247,9 @@ class Bench:
         And the seconds of training an epoch by number of classes.
         """
         num_classes = CLASSES_OF_EPOCHS if self.is_gpu else (self.classes,)
-        run = self.variants[CONTINUAL]
+        run = self.variants[self.typical]
         default = run.config.fold_batch_norm
-        runs = {default: run, not default: self.new_run(CONTINUAL, fold_batch_norm=not default)}
+        runs = {default: run, not default: self.new_run(self.typical, fold_batch_norm=not default)}
         variants = {("training", classes): functools.partial(run.train, classes) for classes in num_classes}
         variants |= {
             (is_folded, classes): functools.partial(runs[is_folded].evaluate, classes)
@@ -276,7 +277,7 @@ class Bench:
 
     def side_by_side(self) -> list[list[str]]:
         """Rows of the table of several runs at once on a GPU, in threads on streams of their own, as `--experiment-index 0-3` runs them."""
-        runs = [self.variants[CONTINUAL], *(self.new_run(CONTINUAL, n) for n in range(1, max(RUNS_SIDE_BY_SIDE)))]
+        runs = [self.variants[self.typical], *(self.new_run(self.typical, n) for n in range(1, max(RUNS_SIDE_BY_SIDE)))]
         streams = [torch.cuda.Stream(self.device) for _ in runs]
 
         def train(run: BenchedRun, stream: torch.cuda.Stream) -> None:
@@ -322,12 +323,12 @@ class Bench:
         return seen
 
     def counts(self) -> tuple[list[list[str]], list[list[str]]]:
-        """Rows of the table of how many operations a step of each variant has, and of that of the slowest of continual backpropagation."""
+        """Rows of the table of how many operations a step of each variant has, and of that of one variant's slowest."""
         rows = []
         for name, variant in self.variants.items():
             seen = self.operations(variant)
             rows.append([self.precision, name + variant.remark, f"{sum(number for number, _ in seen.values()):,.0f}"])
-            if name == CONTINUAL:
+            if name == self.typical:
                 times = {key: milliseconds for key, (_, milliseconds) in seen.items()}
         if not times:
             warn("the profiler saw no kernels; it may lack the permission to")
@@ -416,11 +417,12 @@ def peak_memory(device: torch.device) -> str:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineArgumentParser(description="Time training steps, epochs and runs side by side, beside a bare loop.")
+    parser.add_argument("--configs", type=Path, nargs="+", metavar="FILE", help="timed beside the base system (default: all of cfg/)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     parser.add_argument("--width", type=int, default=64, help="network_width (default 64, the paper's)")
     parser.add_argument("--batch-size", type=int, default=90, help="images per step (default 90)")
     parser.add_argument("--classes", type=int, default=None, help="classes of the epochs whose steps are timed (default 1 on a CPU, 20)")
-    parser.add_argument("--turns", type=int, default=None, help="turns of each variant (default 10 on a CPU, 5 on a GPU)")
+    parser.add_argument("--turns", type=int, default=None, help="turns of each variant (default 5)")
     parser.add_argument("--compile", action="store_true", help="add a table with compile_network=true; compiling takes a minute")
     parser.add_argument("--profile", action="store_true", help="add a table of what a step's time goes into")
     parser.add_argument("--released", type=Path, metavar="PATH", help="a checkout of the released code, to time its training loop too")
@@ -435,6 +437,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')}: got {value}; it must be from {least} to {most}")
     if parsed.released is not None:
         check_released(parsed.released)
+    base = REPOSITORY / "cfg" / f"{BASE}.json"
+    files = sorted(base.parent.glob("*.json")) if parsed.configs is None else parsed.configs
+    parsed.configs = {path: load_config(path) for path in (base, *(path for path in files if path.resolve() != base))}
+    names = [config.experiment_name for config in parsed.configs.values()]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"--configs: the experiment_name {repeated} appears twice")
     return parsed
 
 

@@ -314,7 +314,10 @@ class EvaluationStep:
         self.copy = FoldedCopy(network, self.dtype) if is_folded else half
         self.network = network if self.copy is None else self.copy.network
         self.forward: Forward = self.network
-        self.batch_size = EVALUATION_BATCH_SIZE[network.fc.weight.device.type]
+        device = network.fc.weight.device.type
+        self.batch_size = EVALUATION_BATCH_SIZE[device]
+        if is_folded and device == "cpu":
+            self.batch_size //= 2  # faster, by what the folded network does per image in the cache; plain losses keep their bits
         self.recorded: Recorded | None = None
 
     def refresh(self) -> None:

@@ -11,6 +11,11 @@ Where the paper's figure hides its standard error, it counts as 0 and the point 
 is no standard error, and nothing is claimed. Of points that come from the same distributions, about one in twenty disagrees by chance, more
 if there are few runs. Runs that share their indices with the paper's (0 to 14) share its class orders, so that they agree more often.
 
+Beside that, for every algorithm whose runs have a retrained network of their index beside them, the paper's or not: the gap to it, that
+is, test accuracy minus the retrained network's, the best epoch of each task, in percentage points. A run gives two numbers: the mean of its
+gaps over all tasks, and the slope of the least-squares line through them over the number of classes, in points per 100 classes (below 0:
+what is lost grows). Their means over the runs come with standard errors, and with the same of the paper's curve.
+
 Writes comparison_with_paper.md, .png and .svg beside this script or to `--output-dir`, then prints the table; with nothing to compare,
 writes nothing. The exit status is 0; with `--strict`, 1 if at least one point disagrees, which by chance alone is to be expected of so
 many, or none could be compared.
@@ -28,6 +33,7 @@ sys.path.insert(0, str(REPOSITORY))  # the parts are found wherever this script 
 import numpy as np
 
 from incremental_cifar.command_line import OneLineArgumentParser, run_script
+from incremental_cifar.config import Config
 from incremental_cifar.safe_files import check_destinations, write_file
 from plots.drawing import (
     FULL_WIDTH,
@@ -47,7 +53,8 @@ from plots.plain_matplotlib import Figure, rc_context
 from plots.published_curves import PublishedCurve, read_published_curves
 from plots.run_results import (
     ALGORITHM_LABELS,
-    METRICS,
+    PUBLISHED,
+    RELATIVE,
     RETRAINED,
     AnalysisSettings,
     Curve,
@@ -60,12 +67,12 @@ from plots.run_results import (
     indices_text,
     make_curves,
     mean_and_standard_error,
+    metric_of,
     read_runs,
     size_differences,
 )
 
-# The paper's metrics, by their names in published_curves.csv, and ours.
-COMPARED = {metric.published: name for name, metric in METRICS.items() if metric.published}
+COMPARED = {published: name for name, published in PUBLISHED.items()}
 
 AGREES, DIFFERS, TOO_FEW = "agrees", "differs", "too few"
 
@@ -110,6 +117,14 @@ class Point(NamedTuple):
         return abs(self.difference) / self.tolerance
 
 
+class Gap(NamedTuple):
+    """How far an algorithm's test accuracies are from the retrained network's, over all tasks: (n,) a value per run."""
+
+    algorithm: str
+    mean: np.ndarray  # percentage points
+    slope: np.ndarray  # percentage points per 100 classes
+
+
 # --- Comparing -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +135,7 @@ def compare(results_dir: Path, published: dict[tuple[str, str], PublishedCurve])
     """
     points, remarks = [], []
     for published_name, name in COMPARED.items():
-        metric = METRICS[name]
+        metric = metric_of(name)
         algorithms = [algorithm for algorithm in ALGORITHM_LABELS if (published_name, algorithm) in published]
         runs, left_out = only_the_papers(read_runs(results_dir, metric, algorithms))
         shown = make_curves(runs, metric)
@@ -131,6 +146,31 @@ def compare(results_dir: Path, published: dict[tuple[str, str], PublishedCurve])
         for curve in shown.curves:
             points += matching_points(published_name, curve, published[published_name, curve.algorithm])
     return points, list(dict.fromkeys(remarks))
+
+
+def gaps_to_retrained(results_dir: Path) -> tuple[list[Gap], list[str]]:
+    """The gap of every algorithm that has one, of complete runs of the paper's problem, and remarks on those that are left out.
+
+    Raises UserError for files that cannot be used.
+    """
+    metric = metric_of(RELATIVE)
+    runs, remarks = only_the_papers(read_runs(results_dir, metric))
+    gaps = []
+    for curve in make_curves(runs, metric).curves:
+        is_complete = np.isfinite(curve.values).all(axis=1) & (len(curve.positions) == Config().num_tasks)
+        if not is_complete.all():
+            indices = [index for index, complete in zip(curve.indices, is_complete, strict=True) if not complete]
+            remarks.append(f"gap to the retrained network: {curve.algorithm}: {indices_text(indices)} without all tasks; left out")
+        if is_complete.any():
+            values = curve.values[is_complete]
+            gaps.append(Gap(curve.algorithm, values.mean(axis=1), slopes(curve.positions, values)))
+    return gaps, remarks
+
+
+def slopes(positions: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Least-squares slopes of rows over positions, per 100 of these: (p,) and (n, p) to (n,)."""
+    centred = positions - positions.mean()
+    return 100 * values @ centred / (centred @ centred)
 
 
 def only_the_papers(runs: dict[str, list[Run]]) -> tuple[dict[str, list[Run]], list[str]]:
@@ -226,6 +266,24 @@ def overview_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
 OVERVIEW_COLUMNS = ("metric", "algorithm", "agree", "largest difference", "at classes")
 
 
+GAP_COLUMNS = ("gap to the retrained network", "n", "mean", "SE", "paper", "slope", "SE", "paper")
+
+
+def gap_rows(gaps: Sequence[Gap], published: dict[tuple[str, str], PublishedCurve]) -> list[tuple[str, ...]]:
+    """Per algorithm the mean gap and its slope, with standard errors over the runs ("-" of one run), and those of the paper's curve."""
+    rows = []
+    for gap in gaps:
+        row = [gap.algorithm, str(len(gap.mean))]
+        paper = published.get((PUBLISHED[RELATIVE], gap.algorithm))
+        papers = (paper.mean.mean(), slopes(paper.number_of_classes, paper.mean)) if paper else (None, None)
+        for values, papers_value in zip((gap.mean, gap.slope), papers, strict=True):
+            (mean,), (standard_error,), _ = mean_and_standard_error(values[:, np.newaxis])
+            error = "-" if np.isnan(standard_error) else f"{standard_error:.3f}"
+            row += [signed(mean), error, "-" if papers_value is None else signed(papers_value)]
+        rows.append(tuple(row))
+    return rows
+
+
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned by spaces."""
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
@@ -253,13 +311,19 @@ often than others. On the first task the base system, head resetting and the ret
 index are equal there, and their relative accuracy at 5 classes is exactly 0, which the paper's, with its hidden SE, need not agree with."""
 
 
-def markdown(points: Sequence[Point], remarks: Sequence[str]) -> str:
+GAP_EXPLANATION = """\
+Gaps are test accuracies minus those of the retrained network of the same index, the best epoch of each task: their mean over the tasks in
+percentage points, and the slope of the least-squares line through them in points per 100 classes; means over n complete runs."""
+
+
+def markdown(points: Sequence[Point], gaps: Sequence[Sequence[str]], remarks: Sequence[str]) -> str:
     """The whole comparison as a Markdown file."""
     parts = ["# Comparison with the paper", summary(points)]
     if remarks:
         parts.append("\n".join(f"- {remark}" for remark in remarks))
     parts += [
         markdown_table(OVERVIEW_COLUMNS, overview_rows(points)),
+        *([GAP_EXPLANATION, markdown_table(GAP_COLUMNS, gaps)] if gaps else []),
         EXPLANATION,
         markdown_table(COLUMNS, [table_row(point) for point in points]),
     ]
@@ -365,12 +429,16 @@ def output_paths(folder: Path) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
-    points, remarks = compare(parsed.results_dir, read_published_curves())
+    published = read_published_curves()
+    points, remarks = compare(parsed.results_dir, published)
+    gaps, more_remarks = gaps_to_retrained(parsed.results_dir)
+    gap_table = gap_rows(gaps, published)
+    remarks = list(dict.fromkeys([*remarks, *more_remarks]))
     if points:
         with rc_context(STYLE):
             figure = draw_differences(points, [LEGEND, *(f"{remark}." for remark in remarks)])
         table_path, *figure_paths = output_paths(parsed.output_dir)
-        write_file(table_path, markdown(points, remarks).encode())
+        write_file(table_path, markdown(points, gap_table, remarks).encode())
         write_figure(figure, *figure_paths)
         print(f"Wrote {table_path}")
     for remark in remarks:
@@ -378,6 +446,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if points:
         print(plain_table(COLUMNS, [table_row(point) for point in points]), end="\n\n")
         print(plain_table(OVERVIEW_COLUMNS, overview_rows(points)), end="\n\n")
+    if gap_table:
+        print(plain_table(GAP_COLUMNS, gap_table), end="\n\n")
     print(summary(points))
     verdicts = {point.verdict for point in points}
     return 1 if parsed.strict and (DIFFERS in verdicts or AGREES not in verdicts) else 0

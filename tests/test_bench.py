@@ -1,9 +1,10 @@
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import GPU, REPOSITORY
+from conftest import ALGORITHMS, GPU, REPOSITORY
 
 import bench
 import incremental_cifar_experiment
@@ -11,7 +12,9 @@ from incremental_cifar import cuda_graphs
 from incremental_cifar.command_line import run_script
 from incremental_cifar.cuda_graphs import Recorded
 
+BASE, CBP = "base_deep_learning_system", "continual_backpropagation"
 SMALL = ["--device", "cpu", "--width", "1", "--batch-size", "45", "--turns", "1"]
+ONE = ["--configs", str(REPOSITORY / "cfg" / f"{CBP}.json")]  # beside the base system
 
 # What `--released` needs of the released code: the same attributes, a training loop that takes a known time.
 FAKE_RELEASED = """
@@ -60,7 +63,7 @@ def test_the_tables_have_all_rows_and_their_numbers_add_up(capsys, checkout):
     assert "width 1, batch 45, fp32: peak memory of a run " in output.splitlines()[0]
     found = tables(output)
     rows = found["variant"]
-    assert [row[1] for row in rows] == ["bare loop", *bench.ALGORITHMS]
+    assert [row[1] for row in rows] == ["bare loop", *ALGORITHMS]
     for row in rows:
         milliseconds, images = float(row[2]), float(row[3].replace(",", ""))
         assert abs(45_000 / milliseconds - images) < 0.01 * images + 1
@@ -78,7 +81,7 @@ def test_the_tables_have_all_rows_and_their_numbers_add_up(capsys, checkout):
     assert float(faster) == pytest.approx(float(plain.split()[0]) / float(folded.split()[0]), rel=0.2)
     assert "side by side" not in found  # on a GPU only
     operators = {row[1]: int(row[2].replace(",", "")) for row in found["step of"]}
-    assert list(operators) == ["bare loop", *bench.ALGORITHMS]
+    assert list(operators) == ["bare loop", *ALGORITHMS]
     assert 500 < operators["base_deep_learning_system"] == operators["head_resetting"] < operators["continual_backpropagation"]
     assert any("convolution" in row[1] for row in found["slowest operations"]) and len(found["slowest operations"]) == 10
     (released,) = found["an epoch's training"]
@@ -95,7 +98,9 @@ def test_seconds_between_measured_numbers_of_classes_lie_on_a_line():
 
 def test_bad_arguments_are_one_line(capsys, checkout, tmp_path):
     bad = (["--width", "0"], ["--turns", "many"], ["--device", "tpu"], ["--precisions", "fp8"], ["--batch-size", "0"], ["--classes", "101"])
-    for arguments in (*bad, ["--released", str(tmp_path)]):
+    copy = tmp_path / "copy.json"
+    copy.write_text(json.dumps({"experiment_name": CBP}))
+    for arguments in (*bad, ["--released", str(tmp_path)], [*ONE, str(tmp_path / "mine.json")], [*ONE, str(copy)]):
         assert run_script(bench.main, arguments) == 2, arguments
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1, error
@@ -126,12 +131,12 @@ def imagined_gpu(monkeypatch):
 
 def test_on_a_gpu_there_are_more_rows_and_several_runs_side_by_side(imagined_gpu, capsys):
     imagined_gpu(lambda function, device: (function, function()))
-    assert run_script(bench.main, [*SMALL, "--classes", "2", "--precisions", "bf16", "--profile"]) == 0
+    assert run_script(bench.main, [*SMALL, *ONE, "--classes", "2", "--precisions", "bf16", "--profile"]) == 0
     output, errors = capsys.readouterr()
     assert errors.splitlines() == ["warning: the profiler saw no kernels; it may lack the permission to"] and "not recorded" not in output
     assert f"CUDA {torch.version.cuda}" in output and "one run has the GPU reserve 1.00 GiB" in output.splitlines()[0]
     found = tables(output)
-    steps = ["bare loop", *bench.ALGORITHMS, "base, cuda_graphs=false", "base, deterministic=false"]
+    steps = ["bare loop", BASE, CBP, "base, cuda_graphs=false", "base, deterministic=false"]
     assert [row[1] for row in found["variant"]] == [row[1] for row in found["step of"]] == steps
     assert [row[1] for row in found["evaluation of"]] == ["1 class", "2 classes"]
     assert [row[1] for row in found["side by side"]] == ["1 run", "2 runs", "3 runs", "4 runs", "6 runs"]
@@ -154,13 +159,12 @@ def test_a_row_whose_recording_failed_says_so(imagined_gpu, capsys):
         return function, function()
 
     imagined_gpu(refuse_the_second)
-    assert run_script(bench.main, [*SMALL, "--classes", "2", "--precisions", "fp32"]) == 0
+    assert run_script(bench.main, [*SMALL, *ONE, "--classes", "2", "--precisions", "fp32"]) == 0
     output, errors = capsys.readouterr()
     assert "the bare loop cannot be recorded as a CUDA graph (operation not permitted)" in errors
     found = tables(output)
     neither = " (step and evaluation not recorded)"
-    expected = ["bare loop (not recorded)", f"{bench.ALGORITHMS[0]} (evaluation not recorded)"]
-    expected += [algorithm + neither for algorithm in bench.ALGORITHMS[1:]]
+    expected = ["bare loop (not recorded)", f"{BASE} (evaluation not recorded)", CBP + neither]
     expected += ["base, cuda_graphs=false", "base, deterministic=false" + neither]
     assert [row[1] for row in found["variant"]] == [row[1] for row in found["step of"]] == expected
     assert all(row[1].endswith(neither) for heading in ("evaluation of", "side by side") for row in found[heading])
@@ -183,14 +187,16 @@ def test_each_precision_is_measured_in_a_process_of_its_own(ended, status, monke
         assert parsed.profile and parsed.width == 1 and len(parsed.precisions) == 1
 
 
-def test_a_full_memory_is_one_line_below_the_tables_so_far(monkeypatch, capsys):
+def test_a_full_memory_is_one_line_below_the_tables_so_far(monkeypatch, capsys, tmp_path):
     def fail(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
 
     monkeypatch.setattr(bench.Bench, "epochs", fail)
-    assert run_script(bench.main, [*SMALL, "--precisions", "fp32"]) == 2
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"noise_std": 0.001}')
+    assert run_script(bench.main, [*SMALL, "--configs", str(mine), "--precisions", "fp32"]) == 2
     output, errors = capsys.readouterr()
-    assert len(tables(output)["variant"]) == 6
+    assert [row[1] for row in tables(output)["variant"]] == ["bare loop", BASE, "mine"]
     assert errors.startswith("error: the GPU's memory is full (CUDA out of memory. Tried to allocate)") and errors.count("\n") == 1
 
 
@@ -210,7 +216,7 @@ def test_on_a_gpu_every_option_of_the_bench_works(options, checkout):
     assert warnings == []
     found = tables(benched.stdout)
     variants = [row[1] for row in found["variant"]]
-    assert {"bare loop", *bench.ALGORITHMS} <= set(variants) and all(float(row[2]) > 0 for row in found["variant"])
+    assert {"bare loop", *ALGORITHMS} <= set(variants) and all(float(row[2]) > 0 for row in found["variant"])
     assert {row[0] for row in found["variant"]} == {"tf32", "bf16"} & set(options)
     assert "--compile" not in options or any("compile" in name for name in variants)
     assert {"epoch or run", "side by side"} <= found.keys()

@@ -37,6 +37,11 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_each_config_file_loads_and_names_its_own_experiment(algorithm):
+    assert load_config(REPOSITORY / "cfg" / f"{algorithm}.json").experiment_name == algorithm
+
+
+@pytest.mark.parametrize("algorithm", EXPECTED)
 def test_each_config_is_the_papers_algorithm(algorithm):
     config = load_config(REPOSITORY / "cfg" / f"{algorithm}.json")
     default = Config(

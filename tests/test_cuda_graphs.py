@@ -215,7 +215,7 @@ def steps(algorithm, device, precision, num_steps=60, is_recorded=False, width=4
         labels = torch.randint(0, 10, (len(images),), generator=generator).to(device)
         values.append(torch.stack(training_step(images, labels, mask, step)).cpu().clone())
     assert not is_recorded or replay.calls == sum(step % 8 != 0 for step in range(num_steps))
-    batch = training.EVALUATION_BATCH_SIZE[device.type]
+    batch = evaluation_step.batch_size
     images = torch.randn(batch, 3, 32, 32, generator=generator).to(device, memory_format=torch.channels_last)
     evaluation_step.refresh()
     values.append(torch.stack(evaluation_step(images, torch.zeros(batch, dtype=torch.int64, device=device), mask)).cpu())

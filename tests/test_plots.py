@@ -783,6 +783,35 @@ def test_comparison_by_hand(results, tmp_path, capsys):
     assert run(compare_with_paper, capsys, *arguments, "--strict")[0] == 1
 
 
+def test_gaps_to_the_retrained_network_by_hand(results, tmp_path, capsys):
+    """At c classes the retrained network has 60 %, "redo" 60 + 2 - 0.04 c and 60 - 0.08 c; the mean of 5, ..., 100 is 52.5."""
+    classes = np.arange(5, 101, 5)
+    for index, gap in enumerate((2 - 0.04 * classes, -0.08 * classes, np.zeros(20))):
+        store(results, RETRAINED, index, test_accuracy_per_epoch=np.repeat([0.6] * 20, 200))
+        store(results, "redo", index, test_accuracy_per_epoch=np.repeat(0.6 + gap / 100, 200)[: 4000 if index < 2 else 3999])
+    store(results, "redo", 3, test_accuracy_per_epoch=np.full(4000, 0.9))  # without a partner
+    store(results, CBP, 1, test_accuracy_per_epoch=np.repeat([0.6, 0.61] * 10, 200))
+    gaps, remarks = compare_with_paper.gaps_to_retrained(results)
+    assert [gap.algorithm for gap in gaps] == [CBP, "redo"]
+    np.testing.assert_allclose(gaps[1].mean, [-0.1, -4.2], atol=1e-5)
+    np.testing.assert_allclose(gaps[1].slope, [-4, -8], atol=1e-4)
+    assert remarks == ["gap to the retrained network: redo: index 2 without all tasks; left out"]
+    _, out, _ = run(compare_with_paper, capsys, "--results_dir", results, "--output-dir", tmp_path)
+    # Standard errors: half the distance of two runs. Of +1 at 10, 20, ...: the sum of (c - 52.5) there is 25, of all squares 16,625.
+    cells = [f"{CBP} | 1 | +0.500 | - | ", "redo | 2 | -2.150 | 2.050 | - | -6.000 | 2.000 | - |"]
+    text = (tmp_path / "comparison_with_paper.md").read_text()
+    assert all(f"| {cell}" in text for cell in cells) and "| +0.150 | - | " in text
+    assert " ".join(cells[1].replace("|", "").split()) in [" ".join(line.split()) for line in out.splitlines()]
+
+
+def test_gaps_of_the_papers_own_curves_are_its(results, tmp_path, capsys):
+    papers_runs(results, num_runs=2)
+    gaps, _ = compare_with_paper.gaps_to_retrained(results)
+    for _, _, mean, _, papers_mean, slope, _, papers_slope in compare_with_paper.gap_rows(gaps, read_published_curves()):
+        assert float(mean) == pytest.approx(float(papers_mean), abs=0.002) and float(slope) == pytest.approx(float(papers_slope), abs=0.02)
+    assert len(gaps) == 4
+
+
 def test_the_papers_own_numbers_agree_everywhere(results, tmp_path, capsys):
     papers_runs(results, num_runs=3)
     status, out, _ = run(compare_with_paper, capsys, "--results_dir", results, "--output-dir", tmp_path, "--strict")
