@@ -58,7 +58,7 @@ class UnitResets:
     def reset(self, mask: Tensor, step: int) -> None:
         """Reset the units of mask, (u,) bool on the network's device. step: counted from 0 over the whole run."""
         if mask.device.type == "cpu" and not mask.any():
-            return  # a CPU can be asked at no cost, and says so mostly
+            return  # as mostly; a GPU would have to be waited for, and changes nothing either
         self.num_reset += mask.sum()
         self.generator.manual_seed(derive_seed(self.random_seed, self.purpose, step))
         self.fresh.values.normal_(generator=self.generator)
