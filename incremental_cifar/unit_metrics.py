@@ -144,8 +144,9 @@ def loss_gradients(network: ResNet18, images: Tensor, labels: Tensor, classes: S
     the images among them; only their outputs count. The images go through the network in batches of up to 100, as even as can be, whose
     gradients are summed in their order. batch_norm: "batch" normalises each batch with its own mean and variance, through which the
     gradient passes, as in training (the gradient is then the mean of those of so many steps); "running" with what the network learned.
-    Returns float32 gradients of the parameters' shapes and in their order, but of the output layer the rows of these classes alone: those
-    of the others are 0 whatever the network is like. Those of biases in front of batch norm are 0 but for rounding with "batch".
+    Returns float32 gradients of the parameters' shapes and in their order, but of the output layer the rows of these classes alone, in the
+    order of labels: those of the others are 0 whatever the network is like. With "batch", those of biases in front of batch norm are 0 but
+    for rounding. Needs about 1.5 GB at full width.
     """
     network = copy.deepcopy(network).train(batch_norm == "batch")  # training moves running statistics
     mask = unseen_mask(classes, images.device)
