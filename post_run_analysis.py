@@ -1,17 +1,23 @@
-"""What happened inside the networks of a run: stored models in; dormant units, ranks, weight magnitude and accuracy per class out.
+"""What happened inside the networks of a run: stored models in; dormant units, ranks, gradients, weights and accuracies out.
 
     python post_run_analysis.py --results_dir results/base_deep_learning_system/ --data_path data/
 
 Analyses every finished run of the experiment in that folder, of this project or of the released code; `--experiment-index` also takes
 runs in progress. Of a run with 20 tasks of 200 epochs, the network stored at epoch 200 i (i = 0..19) is shown 1,000 training images of
-task i's classes, which it has not met yet ("next task"), and 1,000 of all classes before them ("previous tasks"). About three minutes for
-such a run, measured: 177 s for a full-width one on real CIFAR-100 on two CPU cores. A model analysed before with the same settings is not
-analysed again. Index K's results appear beside its metrics, float32, a value per task, NaN where a model is not there (yet):
+task i's classes, which it has not met yet ("next task"), and 1,000 of all classes before them ("previous tasks"). About five
+minutes for such a run at full width on two CPU cores, three of them for the gradients. What is there, computed with the same settings
+from the same models, is not computed again; results that lack a measure get that measure alone. Index K's results appear beside its
+metrics, float32, a value per task, NaN where a model is not there (yet):
 
     weight_magnitude_analysis/index-K.npy                                     mean |parameter|
+    distance_to_initial_analysis/index-K.npy                                  2-norm of all parameters less those of the model of epoch 0
+    next_task_gradient_norm_analysis/index-K.npy                              2-norm of the loss's gradient, see `loss_gradients`
+    next_task_zero_gradients_analysis/index-K.npy                             fraction of that gradient's entries that are exactly 0
     {next_task,previous_tasks}_dormant_units_analysis/index-K.npy             fraction of all units; previous tasks of task 0: 0
     {next_task,previous_tasks}_effective_rank_analysis/index-K.npy            of the last hidden layer (512 units); as above
     {next_task,previous_tasks}_stable_rank_analysis/index-K.npy               likewise
+    average_online_accuracy_analysis/index-K.npy                              mean training accuracy over the task's steps; of no model, but
+                                                                              of train_accuracy_per_checkpoint: NaN where that is not there
     accuracy_per_class_in_order/index-K.npy                                   of the final network: a fraction per class, in class order
     analysis_settings/index-K.json                                            with which settings, from which models (SHA-256); written last
 
@@ -40,6 +46,7 @@ from tqdm import tqdm
 from incremental_cifar.cifar100 import ImageSet, load_images
 from incremental_cifar.command_line import OneLineArgumentParser, parse_indices, run_script, warn
 from incremental_cifar.config import NUM_CLASSES, NUM_SEEDS, REPOSITORY, RULES, SIZE_KEYS, Config, UserError, read_sizes, whole_path
+from incremental_cifar.learning_curves import STEPS_PER_WINDOW
 from incremental_cifar.resnet import ResNet18, build_network
 from incremental_cifar.run_files import RunFiles, array_bytes
 from incremental_cifar.safe_files import check_destinations, write_file
@@ -52,17 +59,26 @@ from incremental_cifar.unit_metrics import (
     dormant_unit_fraction,
     effective_rank,
     hidden_features,
+    loss_gradients,
     singular_values,
     stable_rank,
+    two_norm,
     weight_magnitude,
+    zero_share,
 )
 
 NUM_ANALYSED_IMAGES = 1000  # or all, where the classes have fewer
 
 WEIGHT_MAGNITUDE = "weight_magnitude_analysis"
+DISTANCE = "distance_to_initial_analysis"
+GRADIENT_METRICS = ("next_task_gradient_norm_analysis", "next_task_zero_gradients_analysis")
+UNIT_METRICS = {
+    shown: tuple(f"{shown}_{metric}_analysis" for metric in ("dormant_units", "stable_rank", "effective_rank"))
+    for shown in ("next_task", "previous_tasks")
+}
+TASK_METRICS = (WEIGHT_MAGNITUDE, DISTANCE, *GRADIENT_METRICS, *UNIT_METRICS["next_task"], *UNIT_METRICS["previous_tasks"])  # of a model
+ONLINE_ACCURACY = "average_online_accuracy_analysis"
 ACCURACY_PER_CLASS = "accuracy_per_class_in_order"
-UNIT_METRICS = ("dormant_units", "effective_rank", "stable_rank")
-TASK_METRICS = (WEIGHT_MAGNITUDE, *(f"{shown}_{metric}_analysis" for shown in ("next_task", "previous_tasks") for metric in UNIT_METRICS))
 
 
 class Run(NamedTuple):
@@ -98,26 +114,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         find_run(folder, index, parsed.dormant_unit_threshold, parsed.batch_norm)
         for index in choose_indices(folder, parsed.experiment_index)
     ]
-    results = [load_results(run) for run in runs]
-    missing = [run.tasks_here if parsed.overwrite else missing_tasks(run, stored) for run, stored in zip(runs, results, strict=True)]
-    for run, stored, tasks in zip(runs, results, missing, strict=True):
-        if tasks:
+    results = [load_results(run, parsed.overwrite) for run in runs]
+    missing = [missing_tasks(run, stored) for run, stored in zip(runs, results, strict=True)]
+    is_changed = [bool(tasks) for tasks in missing]
+    for number, (run, stored) in enumerate(zip(runs, results, strict=True)):
+        accuracies = online_accuracies(run)
+        is_changed[number] |= not np.array_equal(accuracies, stored[ONLINE_ACCURACY], equal_nan=True)
+        stored[ONLINE_ACCURACY] = accuracies
+        if is_changed[number]:
             check_destinations(settings_file(run.files), *map(run.files.array_file, stored))
     load_images_once = functools.lru_cache(maxsize=1)(load_images)  # the runs of an experiment share them
-    # Two sets of images per task, one for the first, and the test images for the final network.
-    num_analyses = sum(2 if 0 < task < run.sizes.num_tasks else 1 for run, tasks in zip(runs, missing, strict=True) for task in tasks)
-    with tqdm(total=num_analyses, desc="analyses", unit="", leave=False, disable=None, dynamic_ncols=True) as progress:
-        for run, stored, tasks in zip(runs, results, missing, strict=True):
+    with tqdm(total=sum(map(len, missing)), desc="models", unit="", leave=False, disable=None, dynamic_ncols=True) as progress:
+        for run, stored, tasks, changed in zip(runs, results, missing, is_changed, strict=True):
             if tasks:
                 sizes = run.sizes
                 train_images_per_class = sizes.validation_images_per_class + sizes.train_images_per_class
                 images = load_images_once(sizes.dataset, parsed.data_path, train_images_per_class, sizes.test_images_per_class)
                 train_set, test_set = (ImageSet(split, device) for split in images)
                 analyse_run(run, stored, tasks, train_set, test_set, parsed.dormant_unit_threshold, parsed.batch_norm, progress)
+            if changed:
                 save_results(run, stored)
-                tqdm.write(describe_results(run, stored, "analysed"))
-            else:
-                tqdm.write(describe_results(run, stored, "analysed before with these settings (--overwrite does it again)"))
+            done = "analysed" if tasks else "analysed before with these settings (--overwrite does it again)"
+            tqdm.write(describe_results(run, stored, done))
     return 0
 
 
@@ -127,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked. Raises UserError."""
     parser = OneLineArgumentParser(
-        description="Dormant units, ranks, weight magnitude and accuracy per class of the networks that an experiment's runs stored."
+        description="Dormant units, ranks, gradients, weights and accuracies of the networks that an experiment's runs stored."
     )
     parser.add_argument(
         "--results_dir",
@@ -157,7 +175,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--batch_norm",
         choices=("batch", "running"),
         default="batch",
-        help="statistics with which features are normalised: of the images shown, as in the paper, or those learned (default batch)",
+        help="statistics that normalise features: of the images shown, as in the paper, or those learned (default batch)",
     )
     parser.add_argument("--device", default="auto", help='"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N" (default auto)')
     parser.add_argument("--overwrite", action="store_true", help="analyse again what is analysed already")
@@ -393,14 +411,17 @@ def analyse_run(
     batch_norm: str,
     progress: tqdm,
 ) -> None:
-    """Fill in the results of a run for these tasks: see `no_results` and `missing_tasks`.
+    """Fill in what is missing in the results of a run for these tasks: see `no_results` and `missing_tasks`.
 
     train_set, test_set: the images of all classes, on the device of the analysis. The images shown to a network are drawn from a generator
     of the run's seed and the task: the same for every algorithm, and every time. Raises UserError if a model cannot be used.
     """
     sizes = run.sizes
     random_seed = experiment_seed(run.files.index)
-    network = None
+    network = initial = None
+    if 0 in run.tasks_here:
+        network = load_model(run.files.model_file(0), None, random_seed, train_set.device)
+        initial = [parameter.clone() for parameter in network.parameters()]
     for task in tasks:
         path = run.files.model_file(task * sizes.epochs_per_task)
         network = load_model(path, network, random_seed, train_set.device)
@@ -411,35 +432,53 @@ def analyse_run(
             results[ACCURACY_PER_CLASS] = final_accuracies(network, test_set, run.classes, path)
             progress.update()
             continue
-        results[WEIGHT_MAGNITUDE][task] = weight_magnitude(network)
+        missing = missing_metrics(run, results, task)
+        values = {WEIGHT_MAGNITUDE: weight_magnitude(network)}
+        if initial is not None:
+            values[DISTANCE] = two_norm(now - then for now, then in zip(network.parameters(), initial, strict=True))
         num_previous = sizes.classes_per_task * task
-        num_seen = sizes.num_classes_seen(task)
+        seen = run.class_order[: sizes.num_classes_seen(task)]
         generator = generator_for(random_seed, Purpose.ANALYSIS, task)
-        for shown, classes in (
-            ("next_task", run.class_order[num_previous:num_seen]),
-            ("previous_tasks", run.class_order[:num_previous]),
-        ):
-            values = (0.0, 0.0, 0.0)  # of the first task: there are no previous ones
-            if len(classes) > 0:
-                images = draw_images(train_set, classes, generator)
-                active_shares = []
-                for layer in hidden_features(network, images, batch_norm):
-                    active_shares.append(active_share(layer))
-                last_layer = torch.cat(layer)  # (n, 512)
-                if not torch.isfinite(last_layer).all():
-                    raise UserError(f"{path}: the activations of this network are not finite, so they have no rank; the run diverged")
-                spectrum = singular_values(last_layer)
-                values = (dormant_unit_fraction(active_shares, dormant_unit_threshold), effective_rank(spectrum), stable_rank(spectrum))
-                progress.update()
-            for metric, value in zip(UNIT_METRICS, values, strict=True):
-                results[f"{shown}_{metric}_analysis"][task] = value
+        for shown, classes in (("next_task", seen[num_previous:]), ("previous_tasks", seen[:num_previous])):
+            images, labels = draw_images(train_set, classes, generator)
+            if not missing.isdisjoint(UNIT_METRICS[shown]):
+                measures = unit_measures(network, images, dormant_unit_threshold, batch_norm, path)
+                values |= zip(UNIT_METRICS[shown], measures, strict=True)
+            if shown == "next_task" and not missing.isdisjoint(GRADIENT_METRICS):
+                gradients = loss_gradients(network, images, labels, seen, batch_norm)
+                measures = (two_norm(gradients), zero_share(gradients))
+                if not np.isfinite(measures).all():
+                    raise UserError(f"{path}: the gradients of this network are not finite; the run diverged")
+                values |= zip(GRADIENT_METRICS, measures, strict=True)
+        for metric, value in values.items():
+            results[metric][task] = value
+        progress.update()
 
 
-def draw_images(image_set: ImageSet, classes: np.ndarray, generator: torch.Generator) -> Tensor:
-    """1,000 images of these classes, or all if there are fewer, drawn without repeats: (n, 3, 32, 32), normalised, not transformed."""
+def draw_images(image_set: ImageSet, classes: np.ndarray, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """1,000 images of these classes, or all if there are fewer, drawn without repeats: see `ImageSet.get`; not transformed."""
     indices = image_set.indices_of(classes)
     chosen = torch.randperm(len(indices), generator=generator)[:NUM_ANALYSED_IMAGES]
-    return image_set.get(indices[chosen].to(image_set.device))[0]
+    return image_set.get(indices[chosen].to(image_set.device))
+
+
+def unit_measures(
+    network: ResNet18, images: Tensor, dormant_unit_threshold: float, batch_norm: str, path: Path
+) -> tuple[float, float, float]:
+    """Share of dormant units, stable and effective rank of the last hidden layer on these images; if there are none, zeros.
+
+    Raises UserError, naming the network's file, if its activations are not finite.
+    """
+    if len(images) == 0:
+        return 0.0, 0.0, 0.0
+    active_shares = []
+    for layer in hidden_features(network, images, batch_norm):
+        active_shares.append(active_share(layer))
+    last_layer = torch.cat(layer)  # (n, 512)
+    if not torch.isfinite(last_layer).all():
+        raise UserError(f"{path}: the activations of this network are not finite, so they have no rank; the run diverged")
+    spectrum = singular_values(last_layer)
+    return dormant_unit_fraction(active_shares, dormant_unit_threshold), stable_rank(spectrum), effective_rank(spectrum)
 
 
 def final_accuracies(network: ResNet18, test_set: ImageSet, classes: np.ndarray, path: Path) -> np.ndarray:
@@ -464,24 +503,36 @@ def settings_file(files: RunFiles) -> Path:
 
 def no_results(run: Run) -> dict[str, np.ndarray]:
     """Results, all of them NaN, by the names of their folders: (num_tasks,) float32 each; of a final network, a value per class."""
-    lengths = dict.fromkeys(TASK_METRICS, run.sizes.num_tasks)
+    lengths = dict.fromkeys((*TASK_METRICS, ONLINE_ACCURACY), run.sizes.num_tasks)
     if run.has_final_network:
         lengths[ACCURACY_PER_CLASS] = len(run.classes)
     return {metric: np.full(length, np.nan, dtype=np.float32) for metric, length in lengths.items()}
 
 
-def load_results(run: Run) -> dict[str, np.ndarray]:
-    """The stored results that were computed from the models there now, with the settings asked for; NaN where there are none."""
+def load_results(run: Run, overwrite: bool) -> dict[str, np.ndarray]:
+    """The stored results that were computed from the models there now, with the settings asked for; NaN where there are none.
+
+    overwrite: only those that cannot be computed again, since a model is gone.
+    """
     results, num_tasks = no_results(run), run.sizes.num_tasks
-    is_kept = np.zeros(num_tasks + 1, dtype=bool)  # per task, and of the final network
+    is_same = np.zeros(num_tasks + 1, dtype=bool)  # per task, and the final network
     stored_digests = load_digests(run.files, run.settings)
     if len(stored_digests) <= len(run.model_digests):  # there may be more models by now; if fewer, the run was started again
-        is_kept[: len(stored_digests)] = [stored == here for stored, here in zip(stored_digests, run.model_digests, strict=False)]
+        is_same[: len(stored_digests)] = [stored == here for stored, here in zip(stored_digests, run.model_digests, strict=False)]
+    is_kept = is_same.copy()
+    if overwrite:
+        is_kept[run.tasks_here] = False
+    has_initial = 0 in run.tasks_here
+    kept_by_metric = {
+        DISTANCE: (is_kept if has_initial else is_same)[:num_tasks] & is_same[0],
+        ONLINE_ACCURACY: True,
+        ACCURACY_PER_CLASS: is_kept[num_tasks],
+    }
     for metric, array in results.items():
         with contextlib.suppress(Exception):  # not there, or damaged in one of many ways: it is computed again
             stored = np.load(_file(run.files.array_file(metric)), allow_pickle=False)
             if stored.shape == array.shape and stored.dtype == array.dtype:
-                array[:] = np.where(is_kept[num_tasks] if metric == ACCURACY_PER_CLASS else is_kept[:num_tasks], stored, array)
+                array[:] = np.where(kept_by_metric.get(metric, is_kept[:num_tasks]), stored, array)
     return results
 
 
@@ -501,11 +552,48 @@ def _file(path: Path) -> Path:
     return path
 
 
+def missing_metrics(run: Run, results: dict[str, np.ndarray], task: int) -> set[str]:
+    """What is not there, or not finite, of a task whose model is; distances only where the initial network is there too."""
+    expected = (metric for metric in TASK_METRICS if metric != DISTANCE or 0 in run.tasks_here)
+    return {metric for metric in expected if not np.isfinite(results[metric][task])}
+
+
 def missing_tasks(run: Run, results: dict[str, np.ndarray]) -> list[int]:
-    """The tasks there whose results are not, or not finite; after the last task, the number of tasks stands for the final network."""
-    is_there = [all(np.isfinite(results[metric][task]) for metric in TASK_METRICS) for task in range(run.sizes.num_tasks)]
-    is_there.append(ACCURACY_PER_CLASS in results and bool(np.isfinite(results[ACCURACY_PER_CLASS]).all()))
-    return [task for task in run.tasks_here if not is_there[task]]
+    """The tasks there of whose results something is missing; after the last task, the number of tasks stands for the final network."""
+    is_missing = [bool(missing_metrics(run, results, task)) for task in range(run.sizes.num_tasks)]
+    is_missing.append(ACCURACY_PER_CLASS not in results or not np.isfinite(results[ACCURACY_PER_CLASS]).all())
+    return [task for task in run.tasks_here if is_missing[task]]
+
+
+def online_accuracies(run: Run) -> np.ndarray:
+    """Mean training accuracy over each task's steps, from the means over 25 steps that the run stored: (num_tasks,) float32.
+
+    A window that reaches over a task's border counts in both tasks, with as many steps as it has in each. Steps after the run's last
+    window, which are stored nowhere, do not count. NaN for tasks that the windows do not cover (yet), and where there are none; a warning
+    says so if what is there cannot be a curve of this run.
+    """
+    path, sizes = run.files.array_file("train_accuracy_per_checkpoint"), run.sizes
+    accuracies = np.full(sizes.num_tasks, np.nan, dtype=np.float32)
+    borders = [sizes.steps_before(task * sizes.epochs_per_task) for task in range(sizes.num_tasks + 1)]
+    num_windows = borders[-1] // STEPS_PER_WINDOW  # of the whole run
+    try:
+        windows = np.load(_file(path), allow_pickle=False).astype(np.float64)
+        if windows.ndim != 1 or len(windows) > num_windows:
+            raise ValueError
+    except FileNotFoundError:
+        return accuracies
+    except Exception:  # np.load raises many kinds, depending on where a file is damaged
+        warn(
+            f"{path}: not training accuracies of this run, of which there are {num_windows} at most; index {run.files.index} is analysed "
+            "without its average online accuracy"
+        )
+        return accuracies
+    steps = np.repeat(windows, STEPS_PER_WINDOW)
+    borders[-1] = num_windows * STEPS_PER_WINDOW
+    for task, (start, stop) in enumerate(itertools.pairwise(borders)):
+        if start < stop <= len(steps):
+            accuracies[task] = steps[start:stop].mean()
+    return accuracies
 
 
 def save_results(run: Run, results: dict[str, np.ndarray]) -> None:
@@ -523,20 +611,25 @@ def save_results(run: Run, results: dict[str, np.ndarray]) -> None:
 
 
 def describe_results(run: Run, results: dict[str, np.ndarray], done: str) -> str:
-    """A table of a run's results for the terminal: a line per task, and one that says which tasks are missing."""
+    """A table of a run's results for the terminal: a line per task, and lines that say what is missing."""
     sizes = run.sizes
+    columns = [(WEIGHT_MAGNITUDE, 1, "8.5f"), (DISTANCE, 1, "8.2f"), (ONLINE_ACCURACY, 100, "8.2f")]
+    columns += zip(GRADIENT_METRICS, (1, 100), ("9.3g", "7.2f"), strict=True)
+    for metrics in UNIT_METRICS.values():
+        columns += zip(metrics, (100, 1, 1), ("9.2f", "9.0f", "10.1f"), strict=True)
     lines = [
         f"Index {run.files.index} of {run.files.folder}: {done}.",
-        "               mean   on images of the next task       of previous tasks",
-        "task classes |weight| dormant % stable r. effect. r. dormant % stable r. effect. r.",
+        "               mean    from    train. on images of the next task                       of previous tasks",
+        "task classes |weight|  start accur. %  gradient zeros % dormant % stable r. effect. r. dormant % stable r. effect. r.",
     ]
     for task in np.flatnonzero(np.isfinite(results[WEIGHT_MAGNITUDE])):
-        line = f"{task + 1:4} {sizes.num_classes_seen(task):7} {results[WEIGHT_MAGNITUDE][task]:8.5f}"
-        for shown in ("next_task", "previous_tasks"):
-            dormant, effective, stable = (results[f"{shown}_{metric}_analysis"][task] for metric in UNIT_METRICS)
-            nothing_shown = task == 0 and shown == "previous_tasks"
-            line += f" {'-':>9} {'-':>9} {'-':>10}" if nothing_shown else f" {100 * dormant:9.2f} {stable:9.0f} {effective:10.1f}"
+        line = f"{task + 1:4} {sizes.num_classes_seen(task):7}"
+        for metric, factor, form in columns:
+            is_there = np.isfinite(results[metric][task]) and (task > 0 or metric not in UNIT_METRICS["previous_tasks"])
+            line += " " + (format(factor * results[metric][task], form) if is_there else "-".rjust(int(form.split(".")[0])))
         lines.append(line)
+    if np.isnan(results[DISTANCE][np.isfinite(results[WEIGHT_MAGNITUDE])]).any():
+        lines.append(f"Some distances are missing, since the initial network, {run.files.model_file(0).name}, is not there.")
     if not run.files.config_file.is_file():
         lines.append(f"There is no {run.files.config_file.parent.name}/{run.files.config_file.name}: taken to be of the paper's sizes.")
     if run.has_final_network and np.isfinite(results[ACCURACY_PER_CLASS]).all():

@@ -1,4 +1,4 @@
-"""What a stored network still has to learn with: units that are dormant, ranks of its features, size of its weights, accuracy per class.
+"""What a stored network still has to learn with: dormant units, ranks of features, gradients, size of weights, accuracy per class.
 
     for layer in hidden_features(network, images, batch_norm="batch"):     # one of the 17 hidden layers after the other
         shares.append(active_share(layer))                                 # (c,) how often each of its units is active
@@ -9,17 +9,22 @@ Letters in the shapes: n images, c units, h and w positions, k classes seen. Not
 Source: paper, Methods, "Class-incremental CIFAR-100"; released incremental_cifar/post_run_analysis.py.
 """
 
+import copy
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from incremental_cifar.resnet import ResNet18
+from incremental_cifar.training import unseen_mask
 
 # A layer's output for so many images, 13 MB at most at full width, stays in a CPU's cache, and its memory is used again for the next.
 # For all 1,000 images at once it would be 260 MB, fetched from the system and zeroed for every layer: twice the time.
 IMAGES_PER_CHUNK = 50
+IMAGES_PER_GRADIENT = 100  # about a batch of training, 90: the activations that its backward pass needs are 1.5 GB at full width
 
 
 @torch.no_grad()
@@ -129,6 +134,44 @@ def weight_magnitude(network: nn.Module) -> float:
     parameters = list(network.parameters())
     total = sum(parameter.detach().abs().sum(dtype=torch.float64).item() for parameter in parameters)
     return total / sum(parameter.numel() for parameter in parameters)
+
+
+@torch.enable_grad()
+def loss_gradients(network: ResNet18, images: Tensor, labels: Tensor, classes: Sequence[int] | np.ndarray, batch_norm: str) -> list[Tensor]:
+    """Gradients of the mean cross entropy on these images with respect to all parameters, as a step of training would have them.
+
+    images: (n, 3, 32, 32), normalised, labels: (n,), both on the network's device. classes: labels of the classes seen by then, those of
+    the images among them; only their outputs count. The images go through the network in batches of up to 100, as even as can be, whose
+    gradients are summed in their order. batch_norm: "batch" normalises each batch with its own mean and variance, through which the
+    gradient passes, as in training (the gradient is then the mean of those of so many steps); "running" with what the network learned.
+    Returns float32 gradients of the parameters' shapes and in their order, but of the output layer the rows of these classes alone, in the
+    order of labels: those of the others are 0 whatever the network is like. With "batch", those of biases in front of batch norm are 0 but
+    for rounding. Needs about 1.5 GB at full width.
+    """
+    network = copy.deepcopy(network).train(batch_norm == "batch")  # training moves running statistics
+    mask = unseen_mask(classes, images.device)
+    num_batches = -(-len(images) // IMAGES_PER_GRADIENT)
+    for batch_images, batch_labels in zip(images.tensor_split(num_batches), labels.tensor_split(num_batches), strict=True):
+        logits, _ = network(batch_images)
+        loss = F.cross_entropy(logits + mask, batch_labels, reduction="sum") / len(images)
+        loss.backward()
+    seen = torch.isfinite(mask)
+    return [p.grad[seen] if p is network.fc.weight or p is network.fc.bias else p.grad for p in network.parameters()]
+
+
+def two_norm(tensors: Iterable[Tensor]) -> float:
+    """2-norm of the entries of all tensors, taken together, in float64: the square root of the sum of their squares."""
+    return math.hypot(*(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64).item() for tensor in tensors))
+
+
+def zero_share(tensors: Sequence[Tensor]) -> float:
+    """Share of the entries of all tensors, taken together, that are exactly 0: a fraction from 0 to 1.
+
+    Source, of gradients: released code of Kumar et al., "Maintaining plasticity in continual learning via regenerative regularization"
+    (2023), BaseAgent.compute_activation_statistics.
+    """
+    num_zeros = sum(tensor.numel() - int(tensor.count_nonzero()) for tensor in tensors)
+    return num_zeros / sum(tensor.numel() for tensor in tensors)
 
 
 def accuracy_per_class(logits: Tensor, labels: Tensor, classes: Sequence[int] | np.ndarray) -> np.ndarray:

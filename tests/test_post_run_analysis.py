@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import GPU, TINY, everything_in, tiny_arguments
 
 import incremental_cifar_experiment
@@ -18,7 +19,7 @@ from incremental_cifar.resnet import ResNet18, build_network, hidden_layers
 from incremental_cifar.run_files import RunFiles
 from incremental_cifar.seeds import draw_class_order, experiment_seed
 from plots import plot_incremental_cifar_results
-from post_run_analysis import ACCURACY_PER_CLASS, TASK_METRICS
+from post_run_analysis import ACCURACY_PER_CLASS, DISTANCE, GRADIENT_METRICS, ONLINE_ACCURACY, TASK_METRICS, UNIT_METRICS
 
 NUM_TASKS, EPOCHS, CLASSES = TINY["num_tasks"], TINY["epochs_per_task"], TINY["classes_per_task"]
 
@@ -43,7 +44,7 @@ def analyse(folder, *arguments) -> int:
 
 def analysis_of(folder, index=0) -> dict[str, np.ndarray]:
     """All analysis arrays of an index that are there, by metric."""
-    metrics = (*TASK_METRICS, ACCURACY_PER_CLASS)
+    metrics = (*TASK_METRICS, ONLINE_ACCURACY, ACCURACY_PER_CLASS)
     files = {metric: folder / metric / f"index-{index}.npy" for metric in metrics}
     return {metric: np.load(file, allow_pickle=False) for metric, file in files.items() if file.exists()}
 
@@ -60,17 +61,20 @@ def make_unfinished(folder, last_epoch=EPOCHS) -> None:
 def test_a_finished_run_gets_all_metrics(experiment, capsys):
     assert analyse(experiment) == 0
     results = analysis_of(experiment)
-    assert len(results) == 8 and all(array.dtype == np.float32 and np.isfinite(array).all() for array in results.values())
+    assert len(results) == 12 and all(array.dtype == np.float32 and np.isfinite(array).all() for array in results.values())
     assert all(results[metric].shape == (NUM_TASKS,) for metric in TASK_METRICS)
     assert results[ACCURACY_PER_CLASS].shape == (NUM_TASKS * CLASSES,)
-    assert all(results[f"previous_tasks_{metric}_analysis"][0] == 0 for metric in post_run_analysis.UNIT_METRICS)
+    assert all(results[metric][0] == 0 for metric in (DISTANCE, *UNIT_METRICS["previous_tasks"]))
     output = capsys.readouterr().out
-    assert "task classes |weight| dormant % stable r. effect. r." in output and "Missing" not in output
+    assert "gradient zeros % dormant % stable r. effect. r. dormant" in output and "issing" not in output
     row = [float(cell) for cell in output.splitlines()[4].split()]  # of the second task
-    shown = [
-        results[f"{images}_{name}_analysis"][1] for images in ("next_task", "previous_tasks") for name in ("stable_rank", "effective_rank")
-    ]
-    assert row[:2] == [2, 2 * CLASSES] and row[4:6] + row[7:9] == pytest.approx(shown, abs=0.051)
+    assert row[:2] == [2, 2 * CLASSES] and len(row) == 13
+    for metrics, cells in (
+        ((DISTANCE, ONLINE_ACCURACY, *GRADIENT_METRICS), row[3:7]),
+        *zip(UNIT_METRICS.values(), (row[7:10], row[10:]), strict=True),
+    ):
+        percent = [100 if "accuracy" in metric or "zero" in metric or "dormant" in metric else 1 for metric in metrics]
+        assert cells == pytest.approx([factor * results[metric][1] for factor, metric in zip(percent, metrics, strict=True)], abs=0.051)
 
 
 @pytest.mark.parametrize("batch_norm", ["batch", "running"])
@@ -85,16 +89,25 @@ def test_the_numbers_are_those_of_a_plain_computation(batch_norm, experiment):
         network = ResNet18(TINY["network_width"])
         network.load_state_dict(torch.load(experiment / "model_parameters" / f"index-0_epoch-{task * EPOCHS}.pt", weights_only=True))
         values = torch.cat([parameter.detach().flatten() for parameter in network.parameters()]).numpy()
+        if task == 0:
+            initial = values
+        assert results[DISTANCE][task] == pytest.approx(np.linalg.norm(values - initial), rel=1e-6)
         assert results["weight_magnitude_analysis"][task] == pytest.approx(np.abs(values).mean(dtype=np.float64), rel=1e-6)
         start = task * CLASSES
         for shown, classes in (("next_task", class_order[start : start + CLASSES]), ("previous_tasks", class_order[:start])):
             if len(classes) == 0:
                 continue
             network.train(batch_norm == "batch").double()
-            with torch.no_grad():
-                features = [
-                    feature.numpy() for feature in network(normalise(torch.from_numpy(train[classes].reshape(-1, 32, 32, 3))).double())[1]
-                ]
+            logits, features = network(normalise(torch.from_numpy(train[classes].reshape(-1, 32, 32, 3))).double())
+            if shown == "next_task":  # 50 images, so one batch
+                seen = class_order[: start + CLASSES].tolist()
+                labels = torch.arange(start, start + CLASSES).repeat_interleave(25)
+                gradients = torch.autograd.grad(F.cross_entropy(logits[:, seen], labels), list(network.parameters()))
+                values = torch.cat([g[seen].flatten() if len(g) == 100 else g.flatten() for g in gradients]).numpy()
+                norm, zero_share = (results[metric][task] for metric in GRADIENT_METRICS)
+                assert norm == pytest.approx(np.linalg.norm(values), rel=5e-3)  # rounding moves some activations past a ReLU's kink
+                assert zero_share == pytest.approx((values == 0).mean(), abs=0.005)  # and decides whether some gradients are exactly 0
+            features = [feature.detach().numpy() for feature in features]
             network.load_state_dict(torch.load(experiment / "model_parameters" / f"index-0_epoch-{task * EPOCHS}.pt", weights_only=True))
             active = np.concatenate([(f != 0).mean(axis=tuple(axis for axis in range(f.ndim) if axis != 1)) for f in features])
             assert results[f"{shown}_dormant_units_analysis"][task] == pytest.approx((active < 0.2).mean(), abs=1e-7)
@@ -121,10 +134,12 @@ def test_on_a_gpu_the_numbers_are_the_cpus(batch_norm, experiment):
         analysed.append(analysis_of(experiment))
     expected, results = analysed
     num_units = sum(layer.num_units for layer in hidden_layers(ResNet18(TINY["network_width"])))
-    assert results.keys() == expected.keys() and len(results) == 8
+    assert results.keys() == expected.keys() and len(results) == 12
     for metric, array in results.items():
         edge = 1 / num_units if "dormant" in metric else 1 if "stable_rank" in metric else 1 / TINY["test_images_per_class"]
-        tolerance = {"rtol": 1e-4} if "magnitude" in metric or "effective_rank" in metric else {"rtol": 0, "atol": 1.01 * edge}
+        edge = 3 / num_units if "zero" in metric else edge  # biases in front of batch norm too: exactly 0 or not, as rounding has it
+        is_smooth = any(word in metric for word in ("magnitude", "effective_rank", "norm", "distance", "online"))
+        tolerance = {"rtol": 1e-2 if "norm" in metric else 1e-4} if is_smooth else {"rtol": 0, "atol": 1.01 * edge}
         np.testing.assert_allclose(array, expected[metric], err_msg=metric, **tolerance)
 
 
@@ -134,7 +149,7 @@ def test_images_depend_on_index_and_task_alone():
 
     def drawn(seed, task):
         generator = post_run_analysis.generator_for(seed, post_run_analysis.Purpose.ANALYSIS, task)
-        return post_run_analysis.draw_images(images, classes, generator)
+        return post_run_analysis.draw_images(images, classes, generator)[0]
 
     first = drawn(1, 0)
     assert first.shape == (1000, 3, 32, 32) and len(first.flatten(1).unique(dim=0)) == 1000
@@ -158,7 +173,7 @@ def test_the_same_command_skips_what_is_there_and_overwrite_gives_the_same_bits(
     after = everything_in(experiment)
     assert {path: content for path, (content, _) in after.items()} == {path: content for path, (content, _) in before.items()}
     rewritten = {Path(path).parent.name for path in before if after[path] != before[path]}
-    assert rewritten == {*TASK_METRICS, ACCURACY_PER_CLASS, "analysis_settings"}
+    assert rewritten == {*TASK_METRICS, ONLINE_ACCURACY, ACCURACY_PER_CLASS, "analysis_settings"}
 
 
 def test_other_settings_and_damaged_results_are_computed_again(experiment, capsys):
@@ -216,9 +231,9 @@ def test_a_run_started_again_keeps_nothing_of_the_one_before(experiment, analyse
     make_unfinished(experiment, last_epoch=0)  # the initial network is the same one
     assert analyse(experiment, "--experiment-index", "0") == 0
     results = analysis_of(experiment)
-    assert set(results) == set(TASK_METRICS)
-    for metric, array in results.items():
-        assert array[0] == before[metric][0] and np.isnan(array[1:]).all()
+    assert set(results) == {*TASK_METRICS, ONLINE_ACCURACY}
+    for metric in TASK_METRICS:
+        assert results[metric][0] == before[metric][0] and np.isnan(results[metric][1:]).all()
     assert analyse(experiment, "--experiment-index", "0") == 0
     assert analysed_tasks == [[0, 1, 2, 3], [0]]
 
@@ -240,6 +255,66 @@ def test_results_that_are_not_finite_are_computed_again(experiment, analysed_tas
     assert analyse(experiment) == 0
     assert analysed_tasks == [[0, 1, 2, 3], [1, 3]]
     assert all(np.array_equal(array, first[metric]) for metric, array in analysis_of(experiment).items())
+
+
+def test_results_of_before_a_measure_existed_get_it_alone(experiment, monkeypatch):
+    assert analyse(experiment) == 0
+    first = analysis_of(experiment)
+    for metric in (DISTANCE, ONLINE_ACCURACY, *GRADIENT_METRICS):
+        shutil.rmtree(experiment / metric)
+    assert RunFiles(experiment, 0).is_analysed(NUM_TASKS)  # no sweep does it again by itself
+    monkeypatch.delattr(post_run_analysis, "hidden_features")
+    assert analyse(experiment) == 0
+    for metric, array in analysis_of(experiment).items():
+        assert array.tobytes() == first[metric].tobytes()
+
+
+def test_distances_are_to_the_initial_network_that_is_there(experiment, monkeypatch):
+    assert analyse(experiment) == 0
+    first = analysis_of(experiment)
+    change_model(experiment, lambda state: {**state, "fc.bias": state["fc.bias"] + 3}, 0)
+    monkeypatch.delattr(post_run_analysis, "accuracy_per_class")
+    assert analyse(experiment) == 0
+    second = analysis_of(experiment)
+    assert second[DISTANCE][0] == 0 and second[DISTANCE][1:] == pytest.approx(np.hypot(first[DISTANCE][1:], 30), rel=0.05)
+    assert all(np.array_equal(second[metric][1:], first[metric][1:]) for metric in TASK_METRICS if metric != DISTANCE)
+
+
+# Steps 16, 32 and 48 per task; of the 96, the windows of 25 hold 75.
+@pytest.mark.parametrize(
+    ("windows", "expected"),
+    [
+        ([0.2, 0.4, 0.9], [0.2, (9 * 0.2 + 23 * 0.4) / 32, (2 * 0.4 + 25 * 0.9) / 27]),
+        ([0.2, 0.4], [0.2, (9 * 0.2 + 23 * 0.4) / 32, np.nan]),  # of a run in progress
+        ([0.2], [0.2, np.nan, np.nan]),
+        ([0.2, np.nan, 0.9], [0.2, np.nan, np.nan]),
+        ([], [np.nan] * 3),
+        (None, [np.nan] * 3),  # no file
+        ([0.2, 0.4, 0.9, 0.9], "there are 3 at most"),
+        ([[0.2, 0.4, 0.9]], "there are 3 at most"),
+        (["a"], "there are 3 at most"),
+    ],
+)
+def test_average_online_accuracy_shares_windows_out_to_tasks(windows, expected, experiment, capsys, analysed_tasks):
+    """By the steps that they have in each; found out anew without any model when the curve has changed."""
+    assert analyse(experiment) == 0
+    assert np.isfinite(analysis_of(experiment)[ONLINE_ACCURACY]).all()
+    path = experiment / "train_accuracy_per_checkpoint" / "index-0.npy"
+    path.unlink()
+    if windows is not None:
+        np.save(path, np.array(windows, dtype=None if windows == ["a"] else np.float32))
+    capsys.readouterr()
+    for _ in range(2):
+        before = everything_in(experiment)
+        assert analyse(experiment) == 0
+        warning = capsys.readouterr().err
+    assert everything_in(experiment) == before and analysed_tasks == [[0, 1, 2, 3]]
+    if isinstance(expected, str):
+        assert warning.startswith(f"warning: {path}: ") and expected in warning and warning.count("\n") == 1
+        expected = [np.nan] * 3
+    else:
+        assert warning == ""
+    assert analysis_of(experiment)[ONLINE_ACCURACY] == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize("blocked", ["folder", "file", "settings"])
@@ -286,7 +361,7 @@ def test_a_run_in_progress_is_analysed_as_far_as_it_is(experiment, capsys, analy
     whole = analysis_of(experiment)
     finished = Path(shutil.copytree(experiment, experiment.parent / "finished"))
     make_unfinished(experiment)
-    for folder in (*TASK_METRICS, ACCURACY_PER_CLASS, "analysis_settings"):
+    for folder in (*TASK_METRICS, ONLINE_ACCURACY, ACCURACY_PER_CLASS, "analysis_settings"):
         shutil.rmtree(experiment / folder)
     (experiment / "class_order" / "index-0.npy").unlink()  # the released code stores it when a run ends
     capsys.readouterr()
@@ -294,7 +369,7 @@ def test_a_run_in_progress_is_analysed_as_far_as_it_is(experiment, capsys, analy
     assert analyse(experiment, "--experiment-index", "0") == 0
     assert "Missing, since the run is not finished: task 3 and the accuracy per class" in capsys.readouterr().out
     part = analysis_of(experiment)
-    assert set(part) == set(TASK_METRICS)
+    assert set(part) == {*TASK_METRICS, ONLINE_ACCURACY}
     for metric in TASK_METRICS:
         assert np.array_equal(part[metric][:2], whole[metric][:2]) and np.isnan(part[metric][2]) and part[metric].dtype == np.float32
 
@@ -313,11 +388,11 @@ def test_runs_are_chosen_by_index_and_the_others_left_alone(experiment, capsys):
         RunFiles(experiment, index).save_model(0, network)
         shutil.copy(experiment / "config_files" / "index-0.json", experiment / "config_files" / f"index-{index}.json")
     assert analyse(experiment) == 0
-    assert len(analysis_of(experiment, 0)) == 8 and not analysis_of(experiment, 1)  # by default, what is finished
+    assert len(analysis_of(experiment, 0)) == 12 and not analysis_of(experiment, 1)  # by default, what is finished
     assert analyse(experiment, "--experiment-index", "0,2") == 0
-    assert len(analysis_of(experiment, 2)) == 7 and not analysis_of(experiment, 1)
+    assert len(analysis_of(experiment, 2)) == 11 and not analysis_of(experiment, 1)
     assert analyse(experiment, "--experiment-index", "1-2") == 0
-    assert len(analysis_of(experiment, 1)) == 7
+    assert len(analysis_of(experiment, 1)) == 11
     (experiment / "experiment_indices.npy").unlink()
     capsys.readouterr()
     assert analyse(experiment) == 2
@@ -336,13 +411,16 @@ def test_models_that_are_gone_leave_the_others_to_be_analysed(gone, experiment, 
                 model(folder, epoch).touch()  # of 0 bytes, as a broken copy leaves it
     capsys.readouterr()
     assert analyse(experiment) == 0
-    warnings = capsys.readouterr().err.splitlines()
+    output = capsys.readouterr()
+    warnings = output.err.splitlines()
     assert len(warnings) == 1 and warnings[0].startswith(
         f"warning: {model(experiment, gone[0])}: this model is not there; index 0 is analysed"
     )
+    assert ("Some distances are missing" in output.out) == (0 in gone)
     results = analysis_of(experiment)
     for metric in TASK_METRICS:
-        expected = [np.nan if task * EPOCHS in gone else value for task, value in enumerate(whole[metric])]
+        needed = [{0, task * EPOCHS} if metric == DISTANCE else {task * EPOCHS} for task in range(NUM_TASKS)]
+        expected = [value if models.isdisjoint(gone) else np.nan for models, value in zip(needed, whole[metric], strict=True)]
         assert np.array_equal(results[metric], np.array(expected, dtype=np.float32), equal_nan=True)
     assert np.isnan(results[ACCURACY_PER_CLASS]).all() == (12 in gone)
     for overwrite in ([], ["--overwrite"]):
@@ -359,7 +437,7 @@ def test_a_listed_run_without_models_leaves_the_others_to_be_analysed(experiment
     assert analyse(experiment) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert "experiment_indices.npy: names index 4, 7 as finished, but model_parameters/ holds no index-4_epoch-*.pt" in line
-    assert len(analysis_of(experiment)) == 8
+    assert len(analysis_of(experiment)) == 12
     np.save(experiment / "experiment_indices.npy", np.array([4, 7]))
     assert "restore the models, or name the runs to analyse, as in --experiment-index 0" in refused(experiment, capsys)
 
@@ -395,6 +473,9 @@ def test_results_in_the_released_layout_are_analysed(tmp_path, monkeypatch, caps
     (folder / "class_order").mkdir()
     np.save(folder / "class_order" / f"index-{index}.npy", draw_class_order(seed))
     np.save(folder / "experiment_indices.npy", np.array(index))
+    (folder / "train_accuracy_per_checkpoint").mkdir()
+    of_task = np.repeat(np.arange(20), 200 * np.arange(1, 21)).astype(np.float32)  # task t has 25 (t + 1) steps per epoch, one window each
+    np.save(folder / "train_accuracy_per_checkpoint" / f"index-{index}.npy", of_task)
 
     asked = []
 
@@ -411,6 +492,7 @@ def test_results_in_the_released_layout_are_analysed(tmp_path, monkeypatch, caps
     assert results[ACCURACY_PER_CLASS].shape == (100,)
     assert results["weight_magnitude_analysis"] == pytest.approx(0.02161, abs=1e-5)
     assert (results["next_task_stable_rank_analysis"] <= num_images).all()
+    assert (results[DISTANCE] == 0).all() and np.array_equal(results[ONLINE_ACCURACY], np.arange(20))
     (folder / "config_files" / f"index-{index}.json").unlink()
     assert "There is no config_files/" not in capsys.readouterr().out
     assert analyse(folder, "--data_path", str(tmp_path)) == 0  # without any stored config the paper's sizes hold as well
@@ -572,6 +654,10 @@ BAD_FOLDERS = {
         lambda f: change_model(f, lambda s: {**s, "layer4.1.conv2.weight": torch.full_like(s["layer4.1.conv2.weight"], 3e38)}),
         "activations of this network are not finite",
     ),
+    "gradients not finite": (
+        lambda f: change_model(f, lambda s: {**s, "fc.weight": torch.full_like(s["fc.weight"], 3e38)}),
+        "index-0_epoch-4.pt: the gradients of this network are not finite; the run diverged",
+    ),
     "outputs not finite": (
         lambda f: change_model(f, lambda s: {**s, "fc.weight": torch.full_like(s["fc.weight"], 3e38)}, 12),
         "index-0_epoch-12.pt: the outputs of this network are not finite",
@@ -643,7 +729,7 @@ def test_results_of_earlier_indices_stay_when_a_later_one_cannot_be_used(experim
     (experiment / "model_parameters" / "index-1_epoch-0.pt").write_bytes(b"no model")
     assert analyse(experiment, "--experiment-index", "0-1") == 2
     assert "index-1_epoch-0.pt" in capsys.readouterr().err
-    assert len(analysis_of(experiment, 0)) == 8 and not analysis_of(experiment, 1)
+    assert len(analysis_of(experiment, 0)) == 12 and not analysis_of(experiment, 1)
     assert analyse(experiment) == 0
     assert "analysed before" in capsys.readouterr().out
 

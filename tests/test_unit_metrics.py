@@ -1,19 +1,26 @@
+import math
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from incremental_cifar.resnet import ResNet18, build_network
 from incremental_cifar.unit_metrics import (
     IMAGES_PER_CHUNK,
+    IMAGES_PER_GRADIENT,
     accuracy_per_class,
     active_share,
     dormant_unit_fraction,
     effective_rank,
     hidden_features,
+    loss_gradients,
     singular_values,
     stable_rank,
+    two_norm,
     weight_magnitude,
+    zero_share,
 )
 
 
@@ -158,6 +165,81 @@ def test_features_leave_network_and_mode_as_they_are(images):
             assert network.training is training
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3]) and not torch.allclose(results[0], results[1])
+
+
+# --- Gradients -------------------------------------------------------------------------------------------------------------------
+
+
+class LinearNetwork(nn.Module):
+    """An output layer of zeros on images of two pixels: every class seen is as likely as every other."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 100)
+        nn.init.zeros_(self.fc.weight), nn.init.zeros_(self.fc.bias)
+
+    def forward(self, images):
+        return self.fc(images.flatten(1)), []
+
+
+@pytest.mark.parametrize("copies", [1, 64])  # of both images: in one batch, and in two; shares of 128 are exact
+def test_gradients_by_hand(copies):
+    images = torch.tensor([[1.0, 0.0], [3.0, 0.0]]).view(2, 1, 1, 2).repeat(copies, 1, 1, 1)
+    labels = torch.tensor([7, 7]).repeat(copies)
+    assert (len(images) > IMAGES_PER_GRADIENT) == (copies > 1)
+    weight, bias = loss_gradients(LinearNetwork(), images, labels, [7, 3], "batch")
+    # Probability less target: 1/2 of class 3, 1/2 - 1 of class 7; times the mean image, (2, 0). The rows are in the labels' order.
+    assert weight.tolist() == [[1, 0], [-1, 0]] and bias.tolist() == [0.5, -0.5]
+    assert two_norm([weight, bias]) == pytest.approx(math.sqrt(2.5), abs=1e-15) and zero_share([weight, bias]) == 2 / 6
+    assert torch.equal(loss_gradients(LinearNetwork(), images, labels, [7], "batch")[0], torch.zeros(1, 2))  # nothing to learn
+
+
+def test_two_norm_neither_overflows_nor_underflows():
+    assert two_norm(iter([torch.tensor([3e30]), torch.tensor([[4e30]])])) == pytest.approx(5e30, rel=1e-6)
+    assert two_norm([torch.tensor([3e-30, 4e-30])]) == pytest.approx(5e-30, rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_norm", ["batch", "running"])
+def test_gradients_are_the_mean_of_those_of_training_steps(batch_norm, images):
+    """In float64, with batches of 54 and 53 images; the network stays as it is."""
+    network = trained_like_network().double().train(batch_norm == "running")
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    images, labels, classes = images.double(), torch.tensor([5, 90] * 53 + [5]), [90, 5, 41]
+    gradients = loss_gradients(network, images, labels, classes, batch_norm)
+    assert network.training is (batch_norm == "running") and all(parameter.grad is None for parameter in network.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    network.train(batch_norm == "batch")
+    parts = [slice(0, 54), slice(54, 107)] if batch_norm == "batch" else [slice(0, 107)]
+    position = torch.where(labels == 5, 1, 0)  # in the list of classes
+    losses = [F.cross_entropy(network(images[part])[0][:, classes], position[part]) * (part.stop - part.start) / 107 for part in parts]
+    expected = list(torch.autograd.grad(sum(losses), list(network.parameters())))
+    for number in (-2, -1):
+        assert expected[number].count_nonzero() == expected[number][classes].numel()
+        expected[number] = expected[number][sorted(classes)]
+    for mine, right in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-9, atol=1e-12)
+    assert all(torch.equal(*pair) for pair in zip(gradients, loss_gradients(network, images, labels, classes, batch_norm), strict=True))
+
+
+@pytest.mark.parametrize("batch_norm", ["batch", "running"])
+def test_a_dead_unit_has_so_many_zero_gradients(batch_norm, images):
+    """Of 8 units into it and 16 behind it, 3x3 weights each, its bias, and weight and bias of its batch norm."""
+    network = build_network(3, width=8).train()
+    for norm in network.norms:
+        norm.momentum = 1.0
+    network(images)  # the running statistics are now those of these images
+
+    def zeros():
+        gradients = loss_gradients(network, images, torch.arange(107) % 3, [0, 1, 2], batch_norm)
+        if batch_norm == "batch":  # gradients of biases in front of batch norm are 0 or not, as rounding has it
+            gradients = [gradient for gradient in gradients if gradient.dim() > 1]
+        return round(zero_share(gradients) * sum(gradient.numel() for gradient in gradients))
+
+    assert zeros() == 0
+    with torch.no_grad():
+        network.layer2[0].bn1.weight[3] = 0
+        network.layer2[0].bn1.bias[3] = -1
+    assert zeros() == 8 * 9 + 16 * 9 + (3 if batch_norm == "running" else 0)
 
 
 # --- Weights and accuracy --------------------------------------------------------------------------------------------------------
