@@ -1,6 +1,7 @@
 """What holds for every algorithm: runs of earlier code go on, and what an algorithm counts is stored."""
 
 import copy
+import itertools
 import json
 import shutil
 import tarfile
@@ -12,6 +13,7 @@ from conftest import ALGORITHMS, REFERENCE, TINY, TINY_ALGORITHM, differing_resu
 
 import incremental_cifar_experiment
 import post_run_analysis
+from incremental_cifar.algorithms.continual_backprop import ResetSchedule
 from incremental_cifar.config import load_config
 from incremental_cifar.learner import Learner
 from incremental_cifar.run_files import RunFiles
@@ -65,9 +67,15 @@ def test_a_finished_run_of_earlier_code_is_finished_and_can_be_analysed(archive,
 
 
 def test_units_reset_are_counted_per_epoch(uninterrupted):
-    """Of 30 units, a twentieth per step of those older than three steps: what the layers' accumulators give, all resets of the run."""
+    """As many as the layers' schedules say, in the steps of each epoch."""
     counts = np.load(uninterrupted("continual_backpropagation") / "units_reset_per_epoch/index-0.npy")
-    assert counts.shape == (12,) and counts.dtype == np.float32 and (counts[1:] > 0).all()
+    schedules = [ResetSchedule(size, 0.05, 3) for size in [2] * 5 + [4] * 4 + [8] * 4 + [16] * 4]
+    steps = iter(range(1, 97))
+    expected = [
+        sum(schedule.num_due(next_step) for next_step in itertools.islice(steps, num_steps) for schedule in schedules)
+        for num_steps in [4] * 4 + [8] * 4 + [12] * 4
+    ]
+    assert counts.tolist() == expected and counts.dtype == np.float32
     assert not list(uninterrupted("base_deep_learning_system").glob("*_reset_per_epoch"))
 
 

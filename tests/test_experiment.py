@@ -205,8 +205,16 @@ def alone(algorithm, index, folder, script):
     assert run.wait() == 0, run.output()
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_run_beside_another_in_one_process_is_the_run_alone(algorithm, tmp_path, script, uninterrupted):
+    run = script([*tiny_arguments(algorithm, tmp_path), "--experiment-index", "0-1"])
+    assert run.wait() == 0, run.output()
+    of_index_0 = {name: content for name, content in stored_results(tmp_path / algorithm).items() if "index-0" in name}
+    assert of_index_0 == {name: content for name, content in stored_results(uninterrupted(algorithm)).items() if "index-0" in name}
+
+
 @pytest.mark.parametrize("algorithm", ["continual_backpropagation", "shrink_and_perturb"])
-def test_runs_side_by_side_in_one_process_are_those_alone(algorithm, tmp_path, script):
+def test_runs_side_by_side_stopped_and_resumed_are_those_alone(algorithm, tmp_path, script):
     """Three indices in one process, stopped by a signal on the way and resumed together, against each index in a process of its own."""
     for index in range(3):
         alone(algorithm, index, tmp_path / "alone", script)
