@@ -5,9 +5,19 @@ from conftest import ALGORITHMS, REPOSITORY
 
 import incremental_cifar_experiment
 from incremental_cifar.command_line import run_script
-from incremental_cifar.config import FIELDS, RULES, Config, UserError, differing_keys, load_config, make_config, read_sizes, settled
+from incremental_cifar.config import (
+    FIELDS,
+    RULES,
+    Config,
+    UserError,
+    differing_keys,
+    grid_points,
+    load_config,
+    make_config,
+    read_sizes,
+    settled,
+)
 from incremental_cifar.run_files import RunFiles
-from incremental_cifar.sweep_plan import grid_points
 
 PAPER = {"stepsize": 0.1, "weight_decay": 0.0005, "momentum": 0.9, "early_stopping": True}
 EXPECTED = {
