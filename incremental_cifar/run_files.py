@@ -244,7 +244,7 @@ class RunFiles:
             return "queued", job
         name = re.compile(rf"index-(\d+,)*{self.index}(,\d+)*\.log|slurm-\d+_{self.index}\.out")
         logs = sorted((path for path in self.folder.glob("logs/*") if name.fullmatch(path.name)), key=lambda path: path.stat().st_mtime)
-        line = last_line(logs[-1]) if logs else ""
+        line = last_line(logs[-1], self.index) if logs else ""
         if re.search("error: |exit status|killed by", line):
             return "failed", f"{line} ({logs[-1]})"
         return ("interrupted", f"after epoch {checkpoints[-1][0]}") if checkpoints else ("interrupted" if line else "never started", "")
@@ -329,6 +329,12 @@ class Runs(NamedTuple):
     def files(self) -> list[RunFiles]:
         return [RunFiles(self.folder, index) for index in self.indices]
 
+    @property
+    def job_name(self) -> str:
+        """What their jobs on Slurm are called: it tells this folder apart from all others."""
+        readable = re.sub(r"[^\w.=-]", "_", self.config.experiment_name)[:60]
+        return f"{readable}-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]}"
+
     def packs(self, size: int) -> list["Runs"]:
         return [self._replace(indices=self.indices[first : first + size]) for first in range(0, len(self.indices), size)]
 
@@ -368,8 +374,8 @@ class Runs(NamedTuple):
 BAR = re.compile(r"[^\r\n]*\| [\d:]+, [\d:?]+ left(, epoch \d+, test accuracy \d\.\d{3})?")
 
 
-def last_line(log: Path) -> str:
-    """The last error in a log since the last start in it, or else the last line; not a progress bar. Empty if there is none."""
+def last_line(log: Path, index: int | None = None) -> str:
+    """The last error in a log since the last start in it (not another index's), or else the last line; not a progress bar, or empty."""
     with contextlib.suppress(OSError), open(log, "rb") as file:
         start = max(0, file.seek(0, os.SEEK_END) - 20_000)
         file.seek(start)
@@ -377,7 +383,9 @@ def last_line(log: Path) -> str:
         text = re.sub(r"\A[^\r\n]*", "", text) if start else text  # the rest of a line, or of a state of the bar
         text = re.split(r"=== started: .*\n", text)[-1]
         lines = [line.strip() for line in re.split(r"[\r\n]+", BAR.sub("\n", text)) if line.strip()]
-        return ([line for line in lines if line.startswith("error: ")] or lines or [""])[-1]
+        named = {line: match[1].split(", ") for line in lines if (match := re.match(r"error: index ([\d, ]+): ", line))}
+        errors = [line for line in lines if line.startswith("error: ") and (index is None or str(index) in named.get(line, [str(index)]))]
+        return (errors or lines or [""])[-1]
     return ""
 
 

@@ -9,8 +9,6 @@ It keeps no books: what is finished, analysed, at work or left to do, the folder
 import collections
 import concurrent.futures
 import contextlib
-import datetime
-import itertools
 import os
 import re
 import shlex
@@ -29,8 +27,8 @@ from incremental_cifar.safe_files import make_folder, share
 def visible_gpus() -> list[str]:
     """The GPUs of this machine by number, or those that CUDA_VISIBLE_DEVICES names, by number or UUID."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        names = map(str.strip, visible.split(","))
-        return list(dict.fromkeys(itertools.takewhile(re.compile(r"\d+$|(GPU|MIG)-\S+$").match, names)))  # as CUDA, up to any other
+        names = re.match(r"((\d+|(GPU|MIG)-[^,]+)(,|$))*", re.sub(r"\s", "", visible))[0].split(",")  # as CUDA, up to any other
+        return list(dict.fromkeys(filter(None, names)))
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     try:
         text = subprocess.run(query, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=60).stdout
@@ -67,7 +65,7 @@ def find_places(packs: Sequence[Runs], gpus: str | None) -> dict[str, dict[str, 
 
 def say(text: str) -> None:
     with contextlib.suppress(OSError):  # whoever read it may be gone
-        print(f"{datetime.datetime.now():%H:%M:%S} {text}\n", end="", flush=True)  # at once: others say something too
+        print(f"{time.strftime('%H:%M:%S')} {text}\n", end="", flush=True)  # at once: others say something too
 
 
 class LocalSweep:
@@ -152,8 +150,8 @@ class LocalSweep:
                 share(file.fileno(), log.parent)
                 for files in part.files if what == "analyse" else ():
                     held.enter_context(files.locked())
-                where = f"{datetime.datetime.now():%F %T}, {os.uname().nodename}, {place}"
-                file.write(f"\n=== started: {where}: {shlex.join(command)}\n".encode())
+                now, host = time.strftime("%F %T"), os.uname().nodename
+                file.write(f"\n=== started: {now}, {host}, {place}: {shlex.join(command)}\n".encode())
                 streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
                 process = subprocess.Popen(command, **streams, env=os.environ | self.places[place])
                 self.processes.add(process)

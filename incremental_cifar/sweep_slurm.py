@@ -6,7 +6,6 @@
 In its task, a pack is a sweep of its own. What is queued, Slurm is asked: the name of a job tells its config, the comment its packs.
 """
 
-import hashlib
 import os
 import re
 import shlex
@@ -34,14 +33,9 @@ def slurm(*command: str, text: str = "") -> str:
     return completed.stdout
 
 
-def job_name(runs: Runs) -> str:
-    readable = re.sub(r"[^\w.=-]", "_", runs.config.experiment_name)[:60]
-    return f"{readable}-{hashlib.sha256(str(runs.folder).encode()).hexdigest()[:8]}"
-
-
 def queued_runs(experiments: Sequence[Runs]) -> dict[tuple[Path, int], str]:
     """Job and state of every run that Slurm has queued or started, by folder and index. Raises UserError if it does not answer."""
-    folders, queue = {job_name(runs): runs.folder for runs in experiments}, {}
+    folders, queue = {runs.job_name: runs.folder for runs in experiments}, {}
     for line in slurm("squeue", f"--name={','.join(folders)}", "--array", "--noheader", "--format=%j|%K|%i|%T|%r|%k").splitlines():
         name, task, job, state, reason, packs = line.split("|", 5)
         for pack in (pack.split(",") for pack in packs.strip().split("/")):
@@ -69,8 +63,8 @@ def sbatch(options: Sequence[str], output: Path, script: str, *command: str) -> 
     make_folder(output.parent)
     options = [*options, f"--output={str(output.parent).replace('%', '%%')}/{output.name}", "--open-mode=append", "--requeue"]
     text = "".join(["#!/bin/bash\n", *(f"#SBATCH {shlex.quote(option)}\n" for option in options), script])
-    python = sys.executable, str(REPOSITORY / command[0])
-    return slurm("sbatch", "--parsable", "/dev/stdin", *python, *command[1:], text=text).strip().partition(";")[0]
+    command = (sys.executable, str(REPOSITORY / command[0]), *command[1:])
+    return slurm("sbatch", "--parsable", "/dev/stdin", *command, text=text).strip().partition(";")[0]
 
 
 def submit(packs: Sequence[Runs], queue: Mapping[tuple[Path, int], str], options: Sequence[str], sweep_options: Sequence[str]) -> None:
@@ -81,13 +75,13 @@ def submit(packs: Sequence[Runs], queue: Mapping[tuple[Path, int], str], options
         mine = [pack.for_gpu(has_gpu) for pack in packs if pack.folder == folder]
         array, texts = ",".join(str(pack.indices[0]) for pack in mine), [pack.indices_text for pack in mine]
         command = ["run_sweep.py", "--configs", mine[0].source, "--indices", ",".join(texts), "--pack", "%a", *sweep_options]
-        ours = [f"--job-name={job_name(mine[0])}", f"--array={array}", f"--comment={'/'.join(texts)}"]
+        ours = [f"--job-name={mine[0].job_name}", f"--array={array}", f"--comment={'/'.join(texts)}"]
         script, output = (REPOSITORY / "slurm_job.sh").read_text(), folder / "logs" / "slurm-%A_%a.out"
         job = sbatch([*options, *ours], output, script, *command, "--set", *overrides_of(mine[0].config))
         print(f"Submitted job {job}: {folder.name}, index {' and '.join(texts)}")
         jobs.setdefault(folder.parent, set()).add(job)
     for results_dir in {pack.folder.parent for pack in packs} if "--analyse" in sweep_options else ():
         after = [f"--job-name=figures-{results_dir.name}", f"--dependency=afterany:{':'.join(sorted(jobs[results_dir]))}"]
-        output = results_dir / "figures" / "slurm-%j.out"
-        job = sbatch([*options, *after], output, 'exec "$@"\n', "plots/draw_all.py", "--results_dir", str(results_dir))
-        print(f"Submitted job {job}: the figures in {output.parent}, after all others")
+        draw = "plots/draw_all.py", "--results_dir", str(results_dir)
+        job = sbatch([*options, *after], results_dir / "figures" / "slurm-%j.out", 'exec "$@"\n', *draw)
+        print(f"Submitted job {job}: the figures in {results_dir}, after all others")

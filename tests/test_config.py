@@ -14,6 +14,7 @@ from incremental_cifar.config import (
     grid_points,
     load_config,
     make_config,
+    overrides_of,
     read_sizes,
     settled,
 )
@@ -143,12 +144,13 @@ def test_a_folder_whose_name_has_a_dollar_can_be_used(tmp_path, monkeypatch):
     monkeypatch.setenv("SCRATCH", "/elsewhere")
     config = config_with(folder, {"results_dir": "c$/results", "data_path": "$SCRATCH/data"})
     assert config.results_dir == f"{folder}/c$/results" and config.data_path == "/elsewhere/data"
+    (folder / "c$" / "results").mkdir(parents=True)
+    assert load_config(REPOSITORY / "cfg" / "head_resetting.json", overrides_of(config)) == config  # as a sweep starts its runs
     monkeypatch.setenv("HOME", "/of/$SCRATCH")
     monkeypatch.setenv("PLACE", "/its/$SCRATCH")
     config = config_with(folder, {"results_dir": "~/results", "data_path": "$PLACE/data"})
     assert (config.results_dir, config.data_path) == ("/of/$SCRATCH/results", "/its/$SCRATCH/data")
     assert make_config(config.to_dict(), "test") == config  # as a stored one
-    assert config_with(folder, {"_source": "mine.json", **config.to_dict()}) == config  # as a sweep completes it
     assert incremental_cifar_experiment.IncrementalCIFARExperiment(config, str(folder / "run"), 0).config.data_path == config.data_path
 
 
