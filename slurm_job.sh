@@ -3,8 +3,8 @@
 #
 #   sbatch --array=0-14 --time=4:00:00 --gres=gpu:1 slurm_job.sh .venv/bin/python run_sweep.py --configs cfg/head_resetting.json --indices %a
 #
-# %a stands for the number of the task. At nine tenths of the time, or five minutes before its end if that is later, the command gets SIGUSR1
-# (and in SECONDS_TO_STOP, half of what is left, what it may take). If it then ends with 138 (128 + SIGUSR1), which says that it came further,
+# The word %a stands for the number of the task. Five minutes before the limit, or a quarter of it if that is less, the command gets SIGUSR1
+# (and in SECONDS_TO_STOP, two thirds of that, what it may take). If it then ends with 138 (128 + SIGUSR1), which says that it came further,
 # the job is queued again, or, where that is refused, submitted again with the options in this file. So it is if Slurm's own limit ended
 # the command, or kill -9 (five times at most); what is cancelled stays so, and what is pre-empted Slurm queues again. No srun: it may cut
 # off what a command does after SIGTERM. Without it, a pre-empted command has Slurm's KillWait (30 s) to stop.
@@ -17,7 +17,12 @@ seconds=$((${end:-$(date +%s)} - $(date +%s)))
 margin=$((seconds / 4 < 300 ? seconds / 4 : 300))
 export SECONDS_TO_STOP=$((margin * 2 / 3))
 trap 'is_ended=1' TERM # all processes of the job get it
-timeout --preserve-status --signal=USR1 --kill-after=$((margin * 5 / 6)) $((seconds - margin)) "${@//%a/$SLURM_ARRAY_TASK_ID}"
+command=()
+for word in "$@"; do
+    [[ $word == %a ]] && word=$SLURM_ARRAY_TASK_ID
+    command+=("$word")
+done
+timeout --preserve-status --signal=USR1 --kill-after=$((margin * 5 / 6)) $((seconds - margin)) "${command[@]}"
 status=$?
 
 reason=$(squeue --noheader --jobs="$job" --format=%r)

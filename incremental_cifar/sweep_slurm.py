@@ -1,9 +1,6 @@
 """A sweep on Slurm: an array of jobs per config, a task per pack with the number of the pack's first index; slurm_job.sh is what it runs.
 
-    queue = queued_runs(experiments)                      # {(folder, index): "12_0, running"}
-    submit(packs, queue, parse_options(["partition=gpu", "time=4:00:00", "gres=gpu:1"]), ["--analyse"])
-
-In its task, a pack is a sweep of its own. What is queued, Slurm is asked: the name of a job tells its config, the comment its packs.
+submit(packs, queued_runs(experiments), parse_options(["partition=gpu", "time=4:00:00", "gres=gpu:1"]), ["--analyse"])
 """
 
 import os
@@ -34,7 +31,7 @@ def slurm(*command: str, text: str = "") -> str:
 
 
 def queued_runs(experiments: Sequence[Runs]) -> dict[tuple[Path, int], str]:
-    """Job and state of every run that Slurm has queued or started, by folder and index. Raises UserError if it does not answer."""
+    """Job and state of every run that Slurm has not ended, by folder and index: a job's comment tells its packs. Raises UserError."""
     folders, queue = {runs.job_name: runs.folder for runs in experiments}, {}
     for line in slurm("squeue", f"--name={','.join(folders)}", "--array", "--noheader", "--format=%j|%K|%i|%T|%r|%k").splitlines():
         name, task, job, state, reason, packs = line.split("|", 5)
@@ -48,10 +45,9 @@ def parse_options(texts: Sequence[str]) -> list[str]:
     """sbatch's options, of `--slurm KEY=VALUE ...`. Raises UserError."""
     options: dict[str, str] = {}
     for text in texts:
-        key, _, value = text.removeprefix("--").partition("=")
-        key = key.replace("_", "-")
-        if not re.fullmatch("[a-z][a-z-]*", key) or not value or "\n" in value:
+        if (match := re.fullmatch("(?:--)?([a-z][a-z_-]*)=(.+)", text)) is None:
             raise UserError(f'--slurm: expected KEY=VALUE with the name of an option of sbatch, got "{text}"')
+        key, value = match[1].replace("_", "-"), match[2]
         if key in OURS or key in options:
             raise UserError(f"--slurm: {key} is {'there twice' if key in options else 'what the sweep decides itself'}; leave it out")
         options[key] = f"--{key}" if value == "true" else f"--{key}={value}"
@@ -63,25 +59,24 @@ def sbatch(options: Sequence[str], output: Path, script: str, *command: str) -> 
     make_folder(output.parent)
     options = [*options, f"--output={str(output.parent).replace('%', '%%')}/{output.name}", "--open-mode=append", "--requeue"]
     text = "".join(["#!/bin/bash\n", *(f"#SBATCH {shlex.quote(option)}\n" for option in options), script])
-    command = (sys.executable, str(REPOSITORY / command[0]), *command[1:])
-    return slurm("sbatch", "--parsable", "/dev/stdin", *command, text=text).strip().partition(";")[0]
+    return slurm("sbatch", "--parsable", "/dev/stdin", sys.executable, *command, text=text).partition(";")[0].strip()
 
 
 def submit(packs: Sequence[Runs], queue: Mapping[tuple[Path, int], str], options: Sequence[str], sweep_options: Sequence[str]) -> None:
     """Submit packs that are not queued, and a job for the figures that waits for all of their folder of results. Raises UserError."""
     has_gpu = any(re.match("--(gpus|(gres|tres-per-[a-z]+)=.*gpu)", option) for option in options)
-    jobs = {folder.parent: {job.partition("_")[0]} for (folder, _), job in queue.items()}
+    jobs = [(folder.parent, job.partition("_")[0]) for (folder, _), job in queue.items()]
     for folder in dict.fromkeys(pack.folder for pack in packs):
         mine = [pack.for_gpu(has_gpu) for pack in packs if pack.folder == folder]
         array, texts = ",".join(str(pack.indices[0]) for pack in mine), [pack.indices_text for pack in mine]
-        command = ["run_sweep.py", "--configs", mine[0].source, "--indices", ",".join(texts), "--pack", "%a", *sweep_options]
+        sweep = [str(REPOSITORY / "run_sweep.py"), "--indices", ",".join(texts), "--pack", "%a", *sweep_options]
         ours = [f"--job-name={mine[0].job_name}", f"--array={array}", f"--comment={'/'.join(texts)}"]
         script, output = (REPOSITORY / "slurm_job.sh").read_text(), folder / "logs" / "slurm-%A_%a.out"
-        job = sbatch([*options, *ours], output, script, *command, "--set", *overrides_of(mine[0].config))
+        job = sbatch([*options, *ours], output, script, *sweep, "--configs", mine[0].source, "--set", *overrides_of(mine[0].config))
         print(f"Submitted job {job}: {folder.name}, index {' and '.join(texts)}")
-        jobs.setdefault(folder.parent, set()).add(job)
+        jobs.append((folder.parent, job))
     for results_dir in {pack.folder.parent for pack in packs} if "--analyse" in sweep_options else ():
-        after = [f"--job-name=figures-{results_dir.name}", f"--dependency=afterany:{':'.join(sorted(jobs[results_dir]))}"]
-        draw = "plots/draw_all.py", "--results_dir", str(results_dir)
-        job = sbatch([*options, *after], results_dir / "figures" / "slurm-%j.out", 'exec "$@"\n', *draw)
+        after = "--dependency=afterany:" + ":".join(sorted({job for folder, job in jobs if folder == results_dir}))
+        draw = str(REPOSITORY / "plots" / "draw_all.py"), "--results_dir", str(results_dir)
+        job = sbatch([*options, "--job-name=figures", after], results_dir / "figures" / "slurm-%j.out", 'exec "$@"\n', *draw)
         print(f"Submitted job {job}: the figures in {results_dir}, after all others")

@@ -68,7 +68,7 @@ class Job:
 
     def __init__(self, slurm, note: Path, starts: int = 2, status: int = 0, seconds: int | str = 20, options: tuple = ()):
         self.slurm, self.note = slurm, note
-        command = "bash", "-c", COMMAND.format(note=f"{note}%a", starts=starts, status=status)
+        command = "bash", "-c", COMMAND.format(note=f"{note}$SLURM_ARRAY_TASK_ID", starts=starts, status=status)
         options = f"--output={note}.log", "--open-mode=append", "--requeue", f"--export=ALL,FAKE_SECONDS={seconds}", *options
         self.id = slurm("sbatch", "--parsable", *options, REPOSITORY / "slurm_job.sh", *command)
 
@@ -122,7 +122,8 @@ class Sweep:
         self.slurm, self.results = slurm, folder / "results"
         configs = [folder / f"{name}.json" for name in settings]
         for path, own in zip(configs, settings.values(), strict=True):
-            path.write_text(json.dumps(TINY | {"results_dir": str(self.results)} | own))
+            base = json.loads((REPOSITORY / "cfg" / f"{BASE}.json").read_text())
+            path.write_text(json.dumps(base | TINY | {"results_dir": str(self.results), "experiment_name": path.stem} | own))
         self.command = [sys.executable, REPOSITORY / "run_sweep.py", "--configs", *configs, "--indices", indices, *options]
 
     def __call__(self, *more: str, status: int = 0) -> str:
@@ -158,7 +159,7 @@ def test_a_whole_sweep(slurm, tmp_path, uninterrupted):
     assert all(shown.count(f"error: index {index}: the loss is no longer finite in epoch 1 (step size 1e+30)") == 1 for index in (0, 1))
     wait_until((sweep.results / "figures" / "previous_tasks_stable_rank_analysis.svg").exists)
     assert os.listdir(sweep.results / BASE / "experiment_checkpoints") == []
-    assert differing_results(uninterrupted(BASE), sweep.results / BASE, "index-0") == []
+    assert differing_results(uninterrupted(BASE), sweep.results / BASE, "_per_epoch/index-0") == []
 
 
 @pytest.mark.skipif(not STRESS, reason="takes minutes: make stress")
