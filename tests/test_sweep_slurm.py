@@ -166,7 +166,7 @@ def test_a_whole_sweep(slurm, tmp_path, uninterrupted):
 def test_requeued_killed_stopped_and_diverging_runs(slurm, tmp_path, script):
     """With a limit of two minutes, all but the diverging ones finish by themselves, equal to the bit to runs by hand."""
     own = {BASE: {}, CBP: {"use_cbp": True, "utility_function": "contribution", **TINY_ALGORITHM[CBP]}, DIVERGING: {"stepsize": 1e30}}
-    settings = {name: {"epochs_per_task": 60, "checkpoint_save_frequency": 1} | more for name, more in own.items()}
+    settings = {name: {"epochs_per_task": 30, "checkpoint_save_frequency": 1} | more for name, more in own.items()}
     sweep = Sweep(slurm, tmp_path, "0,1", settings, "--analyse")
     runs = [(name, index) for name in settings for index in (0, 1)]
     assert "Submitted 6 runs; 0 were queued already." in sweep("--slurm", "time=2")
