@@ -38,8 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     experiments = plan(parsed.configs, parsed.overrides, parsed.grids, parsed.indices)
     if parsed.pack is not None:  # a task of an array on Slurm
-        packs = [pack for runs in experiments for pack in runs.packs(parsed.runs_per_gpu)]
-        experiments = [pack for pack in packs if pack.indices[0] == parsed.pack]
+        experiments = [pack for runs in experiments for pack in runs.packs(parsed.runs_per_gpu) if pack.indices[0] == parsed.pack]
+        if not experiments:
+            raise UserError(f"--pack: got {parsed.pack}; no pack of --indices begins with it")
     queue: dict[tuple[Path, int], str] = {}
     try:
         if parsed.pack is None and (parsed.slurm is not None or shutil.which("squeue")):

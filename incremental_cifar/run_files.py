@@ -203,7 +203,10 @@ class RunFiles:
         if keep == "all" or self.index not in self.finished_indices():
             return
         for _, path in self.checkpoints() + (self.models() if keep == "results" and self.is_analysed(num_tasks) else []):
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                warn(f"{path}: cannot delete this file ({error.strerror})")
 
     def _released_checkpoints(self) -> list[Path]:
         return sorted(self.checkpoint_folder.glob(f"index-{self.index}_current_epoch-*.p"))

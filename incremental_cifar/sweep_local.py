@@ -1,9 +1,7 @@
 """A sweep on this machine: packs of runs over its GPUs or cores, a thread per place that waits for its processes.
 
-    sweep = LocalSweep(packs, find_places(packs, gpus=None), retries=1, analyse=True, keep="all")
-    sweep.run()                                           # sweep.problems: a line for everything that was given up
-
-It keeps no books: what is finished, analysed, at work or left to do, the folders of the runs say.
+sweep = LocalSweep(packs, find_places(packs, gpus=None), retries=1, analyse=True, keep="all")
+sweep.run()                                           # sweep.problems: a line for everything that was given up
 """
 
 import collections

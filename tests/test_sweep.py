@@ -328,6 +328,7 @@ OK = ["--configs", "cfg/base_deep_learning_system.json", "--indices", "0"]
         ([*OK, "--grid", "replacement_rate=1e-4"], "--grid: replacement_rate has no effect in cfg/base_deep_learning_system.json"),
         ([*OK, "--retries", "-1"], "--retries must be 0 or more"),
         ([*OK, "--runs-per-gpu", "11"], "--runs-per-gpu from 1 to 10"),
+        ([*OK, "--pack", "1"], "--pack: got 1; no pack of --indices begins with it"),
         ([*OK, "--keep", "results"], "add --analyse"),
         ([*OK, "--gpus", "7"], '--gpus: no GPU "7"'),
         ([*OK, "--set", "device=cuda"], 'device is "cuda", but there is no GPU here'),
