@@ -29,7 +29,7 @@ DEMO := dataset=synthetic device=cpu network_width=8 num_tasks=4 epochs_per_task
 DEMO_ALGORITHMS := base_deep_learning_system continual_backpropagation retrained_network
 demo: OUT := results/demo
 demo: setup  ## three algorithms, two runs each, on built-in images, to the figures: offline, under four minutes
-	$(PY) run_sweep.py --configs $(DEMO_ALGORITHMS:%=cfg/%.json) --indices 0-1 --set results_dir=$(OUT) $(DEMO) --then analysis,figures
+	OMP_NUM_THREADS=1 $(PY) run_sweep.py --configs $(DEMO_ALGORITHMS:%=cfg/%.json) --indices 0-1 --set results_dir=$(OUT) $(DEMO) --analyse
 
 SMOKE := dataset=synthetic network_width=2 num_tasks=2 epochs_per_task=2 train_images_per_class=18
 smoke: OUT := results/smoke
@@ -38,11 +38,11 @@ smoke: setup  ## the demo in its smallest form: one run to one figure, seconds
 	$(PY) post_run_analysis.py --results_dir $(OUT)/continual_backpropagation
 	$(PY) plots/plot_incremental_cifar_results.py --results_dir $(OUT) --metric next_task_dormant_units_analysis --output $(OUT)/dormant_units.png
 
-test: setup  ## all tests, two files at a time; first the one that waits for Slurm's time limits
+test: setup  ## all tests, two files at a time; first the one that waits for Slurm
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_sweep_slurm.py tests
 
-stress: setup  ## crash safety many times over, all of the numeric grid, torch.compile; a table of counts; about half an hour
-	STRESS=1 $(PY) -m pytest -q tests/test_crash_safety.py tests/test_cuda_graphs.py tests/test_numerics.py
+stress: setup  ## crash safety many times over, all of the numeric grid, torch.compile, Slurm's limits; a table of counts; about half an hour
+	STRESS=1 $(PY) -m pytest -q tests/test_crash_safety.py tests/test_cuda_graphs.py tests/test_numerics.py tests/test_sweep_slurm.py
 
 lint: setup  ## Ruff's checks, and that the formatting is Ruff's
 	$(PY) -m ruff check .

@@ -23,8 +23,8 @@ class OneLineArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help shows the arguments)")
 
 
-def parse_indices(text: str) -> list[int]:
-    """The indices of `--experiment-index`, as in "3", "0-3" or "0,2,5-7": sorted, without repeats. Raises UserError."""
+def parse_indices(text: str, option: str = "--experiment-index") -> list[int]:
+    """The indices of an option, as in "3", "0-3" or "0,2,5-7": sorted, without repeats. Raises UserError."""
     indices: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,5})\s*(?:-\s*([0-9]{1,5})\s*)?", part)
@@ -32,8 +32,7 @@ def parse_indices(text: str) -> list[int]:
         if first > last:
             shown = text if len(text) <= 60 else text[:57] + "..."
             raise UserError(
-                f'--experiment-index: got "{shown}"; it must be an integer from 0 to {NUM_SEEDS - 1}, a range as in 0-3, or several as in '
-                "0,2,5-7"
+                f'{option}: got "{shown}"; it must be an integer from 0 to {NUM_SEEDS - 1}, a range as in 0-3, or several as in 0,2,5-7'
             )
         if len(indices) < NUM_SEEDS:  # else all are there: what follows need only be checked
             indices.update(range(first, last + 1))
@@ -145,6 +144,15 @@ class StopRequest:
         return 128 + self.signal_number
 
 
+def status_text(status: int) -> str:
+    """How a process ended, in words; empty if well. status: as `subprocess` has it, negative if a signal ended it."""
+    number = -status if status < 0 else status - 128 if status - 128 in STOP_SIGNALS else 0
+    if number == 0:
+        return f"exit status {status}" if status else ""
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    return f"{'stopped' if number in STOP_SIGNALS else 'killed'} by {name}{' (perhaps memory was full)' * (number == signal.SIGKILL)}"
+
+
 SECONDS_OF_ONE_SIGNAL = 2.0  # Slurm sends SIGTERM twice, milliseconds apart, when it pre-empts a job
 
 
@@ -166,7 +174,7 @@ def stop_requests() -> Iterator[StopRequest]:
         nonlocal noted_at
         if not request:
             request.signal_number, noted_at = signal_number, time.monotonic()
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a sweep sees by this that the run has been asked
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it at once
             hint = "; Ctrl-C again ends it now" if signal_number == signal.SIGINT else ""
             with contextlib.suppress(OSError):  # the terminal may be gone; print is not for signal handlers
                 os.write(2, f"\n{request.name}: stopping after this epoch{hint}\n".encode())

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -279,22 +280,39 @@ SIZE_KEYS = tuple(key for key, field in FIELDS.items() if "size" in field.metada
 def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Config:
     """Read a JSON config file, apply `KEY=VALUE` overrides, check everything and complete it with the defaults.
 
-    In folders, ~ and environment variables are put in, but not in a config that a sweep completed: its folders are whole. Raises UserError
-    with one line if the file cannot be read or any setting in it, or in `overrides`, cannot be used.
+    In folders, ~ and environment variables are put in. Raises UserError with one line if the file cannot be read or any setting in it, or
+    in `overrides`, cannot be used.
     """
     settings = read_json(Path(path))
-    is_completed = settings.keys() >= {"_source", *FOLDER_KEYS, *SIZE_KEYS}  # maybe before some of the other keys existed
     overriding: dict[str, Any] = {}
     for override in overrides:
         key, value = _parse_override(override)
         if key in overriding:
             raise UserError(f'--set: key "{key}" appears twice; keep one of them')
         overriding[key] = value
-    settings = {key: value for key, value in settings.items() if key not in overriding}
-    if not is_completed:
-        settings = with_whole_folders(settings, source=str(path))
+    settings = with_whole_folders({key: value for key, value in settings.items() if key not in overriding}, source=str(path))
     settings |= with_whole_folders(overriding, source="--set")
     return make_config(settings, source=str(path), experiment_name=Path(path).stem)
+
+
+def grid_points(grids: Iterable[str]) -> list[tuple[str, ...]]:
+    """The points of a grid, as overrides: ["a=1,2", "b=3"] gives ("a=1", "b=3") and ("a=2", "b=3"); no grid, one empty point.
+
+    Raises UserError.
+    """
+    axes: dict[str, list[str]] = {}
+    for grid in grids:
+        key, _, text = grid.partition("=")
+        values = [value.strip() for value in text.split(",")]
+        if not key or "" in values or key in axes or key in {"experiment_name", *FOLDER_KEYS}:
+            raise UserError(f'--grid: expected KEY=VALUE1,VALUE2,... of a setting that is there once and names no place, got "{grid}"')
+        axes[key] = [f"{key}={value}" for value in values]
+    return list(itertools.product(*axes.values()))
+
+
+def overrides_of(config: Config) -> list[str]:
+    """All settings as KEY=VALUE: what behind --set gives this config, whatever the file says."""
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in config.to_dict().items()]
 
 
 def make_config(settings: dict[str, Any], source: str, experiment_name: str = "experiment") -> Config:

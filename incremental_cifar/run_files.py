@@ -17,6 +17,8 @@ anything in them (no pickles). A checkpoint holds a checksum of its content; a d
 """
 
 import contextlib
+import dataclasses
+import datetime
 import hashlib
 import io
 import json
@@ -24,13 +26,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from incremental_cifar.command_line import is_memory_full, warn
-from incremental_cifar.config import BEFORE_THEY_EXISTED, Config, UserError, make_config, read_stored
-from incremental_cifar.safe_files import check_destinations, lock, read_note, write_file, write_note
+from incremental_cifar.config import BEFORE_THEY_EXISTED, Config, UserError, check_same_settings, make_config, read_stored
+from incremental_cifar.safe_files import check_destinations, lock, lock_holder, read_note, write_file, write_note
 
 if TYPE_CHECKING:
     import torch  # otherwise imported where tensors are written or read: whoever only looks at runs need not wait seconds for it
@@ -193,6 +195,19 @@ class RunFiles:
         for path in paths:
             path.unlink(missing_ok=True)
 
+    def tidy(self, keep: str, num_tasks: int) -> None:
+        """Delete of a finished run what is not to be kept: of "all" nothing, of "models" its checkpoints, of "results" its models too.
+
+        Models go only after the whole analysis.
+        """
+        if keep == "all" or self.index not in self.finished_indices():
+            return
+        for _, path in self.checkpoints() + (self.models() if keep == "results" and self.is_analysed(num_tasks) else []):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                warn(f"{path}: cannot delete this file ({error.strerror})")
+
     def _released_checkpoints(self) -> list[Path]:
         return sorted(self.checkpoint_folder.glob(f"index-{self.index}_current_epoch-*.p"))
 
@@ -212,6 +227,30 @@ class RunFiles:
     def load_progress(self) -> dict[str, Any]:
         """What the run last said about itself (see `report_progress` of the experiment); empty if that cannot be read."""
         return read_note(self.progress_file)
+
+    def how_it_stands(self, num_tasks: int, job: str = "") -> tuple[str, str]:
+        """This run's state, and what there is to say of it. job: its job on Slurm and the state of that, if there is one."""
+        try:
+            is_finished = self.index in self.finished_indices()
+        except UserError as error:
+            return "unknown", str(error)
+        holder, said, checkpoints = lock_holder(self.lock_file), self.load_progress(), self.checkpoints()
+        if is_finished:
+            return ("analysed", "") if self.is_analysed(num_tasks) else ("finished", holder or job)
+        if holder and f"process {said.get('process')}," in holder:
+            seconds = said.get("seconds_left")
+            left = "" if seconds is None else f"{datetime.timedelta(seconds=round(seconds))} left, "
+            return "running", f"epoch {said.get('epoch')} of {said.get('num_epochs')}, {left}{holder}"
+        if holder or ", running" in job:
+            return "running", f"starting, {holder or job}"
+        if job:
+            return "queued", job
+        name = re.compile(rf"index-(\d+,)*{self.index}(,\d+)*\.log|slurm-\d+_{self.index}\.out")
+        logs = sorted((path for path in self.folder.glob("logs/*") if name.fullmatch(path.name)), key=lambda path: path.stat().st_mtime)
+        line = last_line(logs[-1], self.index) if logs else ""
+        if re.search("error: |exit status|killed by", line):
+            return "failed", f"{line} ({logs[-1]})"
+        return ("interrupted", f"after epoch {checkpoints[-1][0]}") if checkpoints else ("interrupted" if line else "never started", "")
 
     # --- one run, one process ---
 
@@ -269,6 +308,88 @@ class RunFiles:
             others = set(self.finished_indices()) - {self.index}
             indices = np.array(sorted({*others, self.index} if finished else others), dtype=np.int64)
             write_file(self.indices_file, array_bytes(indices))
+
+
+class Runs(NamedTuple):
+    """Some indices of one config: all that a sweep has of it, or a pack, which one process trains."""
+
+    source: str  # the config's file
+    config: Config
+    indices: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.config.experiment_name} index {self.indices_text}"
+
+    @property
+    def indices_text(self) -> str:
+        return ",".join(map(str, self.indices))
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.results_dir, self.config.experiment_name)
+
+    @property
+    def files(self) -> list[RunFiles]:
+        return [RunFiles(self.folder, index) for index in self.indices]
+
+    @property
+    def job_name(self) -> str:
+        """What their jobs on Slurm are called: it tells this folder apart from all others."""
+        readable = re.sub(r"[^\w.=-]", "_", self.config.experiment_name)[:60]
+        return f"{readable}-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]}"
+
+    def packs(self, size: int) -> list["Runs"]:
+        return [self._replace(indices=self.indices[first : first + size]) for first in range(0, len(self.indices), size)]
+
+    def for_gpu(self, has_gpu: bool) -> "Runs":
+        """The same where they are given a GPU, which `device` "auto" would do without if it does not work."""
+        is_auto = has_gpu and self.config.device == "auto"
+        return self._replace(config=dataclasses.replace(self.config, device="cuda")) if is_auto else self
+
+    def check_settings(self) -> None:
+        """Raise UserError if one of them was started with settings that can give other results."""
+        for files in self.files:
+            check_same_settings(files.load_config(), self.config, files.config_file)
+
+    def tidy(self, keep: str) -> None:
+        """Delete of finished runs what is not to be kept, as `RunFiles.tidy`."""
+        for files in self.files:
+            files.tidy(keep, self.config.num_tasks)
+
+    def unfinished(self) -> set[int]:
+        return {*self.indices}.difference(RunFiles(self.folder, 0).finished_indices())
+
+    def unanalysed(self) -> set[int]:
+        """The indices that are finished, but not analysed."""
+        analysed = (files.index for files in self.files if files.is_analysed(self.config.num_tasks))
+        return {*self.indices}.difference(self.unfinished(), analysed)
+
+    def holder(self) -> str | None:
+        """Who works on one of them; None if nobody does."""
+        return next(filter(None, (lock_holder(files.lock_file) for files in self.files)), None)
+
+    def progress(self) -> list[object]:
+        """What is another after one of them has come further: a checkpoint, its end, its analysis."""
+        return [self.unfinished(), self.unanalysed(), *(files.checkpoints() for files in self.files)]
+
+
+# A state of a run's progress bar. What another library writes begins right behind it.
+BAR = re.compile(r"[^\r\n]*\| [\d:]+, [\d:?]+ left(, epoch \d+, test accuracy \d\.\d{3})?")
+
+
+def last_line(log: Path, index: int | None = None) -> str:
+    """The last error in a log since the last start in it (not another index's), or else the last line; not a progress bar, or empty."""
+    with contextlib.suppress(OSError), open(log, "rb") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - 20_000)
+        file.seek(start)
+        text = file.read().decode(errors="replace").replace("\x1b[A", "\n")
+        text = re.sub(r"\A[^\r\n]*", "", text) if start else text  # the rest of a line, or of a state of the bar
+        text = re.split(r"=== started: .*\n", text)[-1]
+        lines = [line.strip() for line in re.split(r"[\r\n]+", BAR.sub("\n", text)) if line.strip()]
+        named = {line: match[1].split(", ") for line in lines if (match := re.match(r"error: index ([\d, ]+): ", line))}
+        errors = [line for line in lines if line.startswith("error: ") and (index is None or str(index) in named.get(line, [str(index)]))]
+        return (errors or lines or [""])[-1]
+    return ""
 
 
 def array_bytes(array: np.ndarray) -> memoryview:

@@ -1,5 +1,6 @@
 """Shared by the tests: tiny settings, and runs of the experiment script in processes of their own that can be stopped."""
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -78,9 +79,10 @@ def tiny_arguments(algorithm: str, results_dir: Path, **settings: object) -> lis
     return ["--config", str(REPOSITORY / "cfg" / f"{algorithm}.json"), "--set", *overrides]
 
 
-def _run_script(arguments: list[str], log: str, prepare: Callable[[], None] | None) -> None:
-    import incremental_cifar_experiment
+def _run_script(arguments: list[str], log: str, prepare: Callable[[], None] | None, script: str) -> None:
     from incremental_cifar.command_line import run_script
+
+    main = importlib.import_module(script).main
 
     torch.set_num_threads(1)
     if prepare is not None:
@@ -90,18 +92,20 @@ def _run_script(arguments: list[str], log: str, prepare: Callable[[], None] | No
     os.dup2(descriptor, 2)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    sys.exit(run_script(incremental_cifar_experiment.main, arguments))
+    sys.exit(run_script(main, arguments))
 
 
 class ScriptRun:
-    """The experiment script in a process of its own, its output in a file. Exit status negative: ended by that signal.
+    """The experiment script, or another, in a process of its own, its output in a file. Exit status negative: ended by that signal.
 
     prepare: called in that process before the script; can be pickled.
     """
 
-    def __init__(self, arguments: list[str], log: Path, prepare: Callable[[], None] | None = None):
+    def __init__(
+        self, arguments: list[str], log: Path, prepare: Callable[[], None] | None = None, script: str = "incremental_cifar_experiment"
+    ):
         self.log = log
-        self.process = processes.Process(target=_run_script, args=(arguments, str(log), prepare))
+        self.process = processes.Process(target=_run_script, args=(arguments, str(log), prepare, script))
         self.process.start()
 
     def wait(self, seconds: float = 120) -> int:
@@ -113,9 +117,12 @@ class ScriptRun:
         return self.log.read_text() if self.log.exists() else ""
 
     def wait_for_output(self, text: str, seconds: float = 120) -> None:
+        self.wait_until(lambda: text in self.output(), f"{text!r} did not appear", seconds)
+
+    def wait_until(self, condition: Callable[[], object], complaint: str = "waited in vain", seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
-        while text not in self.output():
-            assert self.process.is_alive() and time.monotonic() < deadline, f"{text!r} did not appear in: {self.output()}"
+        while not condition():
+            assert self.process.is_alive() and time.monotonic() < deadline, f"{complaint}: {self.output()}"
             time.sleep(0.005)
 
     def send(self, signal_number: int) -> None:
@@ -127,8 +134,8 @@ def script(tmp_path):
     """Start the experiment script: `script(arguments)` returns a ScriptRun; what still runs at the end of the test is killed."""
     runs = []
 
-    def start(arguments: list[str], prepare: Callable[[], None] | None = None) -> ScriptRun:
-        runs.append(ScriptRun(arguments, tmp_path / f"output-{len(runs)}.txt", prepare))
+    def start(arguments: list[str], *more: object) -> ScriptRun:
+        runs.append(ScriptRun(arguments, tmp_path / f"output-{len(runs)}.txt", *more))
         return runs[-1]
 
     yield start

@@ -171,7 +171,7 @@ def start(folder: Path | str, cpus: int | None = None, kill_wait: int = 10) -> d
 
 
 def environment(folder: Path | str) -> dict[str, str]:
-    """What makes Slurm's commands, and so submitit, use the cluster of a folder."""
+    """What makes Slurm's commands use the cluster of a folder."""
     return {"SLURM_CONF": str(Path(folder).resolve() / "slurm.conf")}
 
 

@@ -12,14 +12,15 @@ from incremental_cifar.config import (
     Config,
     UserError,
     differing_keys,
+    grid_points,
     load_config,
     make_config,
+    overrides_of,
     read_sizes,
     settled,
 )
 from incremental_cifar.explain import BEGIN, END, README, table
-from incremental_cifar.run_files import RunFiles
-from incremental_cifar.sweep_plan import grid_points, plan
+from incremental_cifar.run_files import RunFiles, Runs
 
 PAPER = {"stepsize": 0.1, "weight_decay": 0.0005, "momentum": 0.9, "early_stopping": True}
 EXPECTED = {
@@ -138,8 +139,7 @@ def test_methods_that_are_on(settings, methods):
     assert differing_keys(config, make_config(settings | {"combine": True}, "test")) == []
 
 
-def test_what_was_stored_before_other_methods_existed_is_the_same_as_ever(tmp_path, monkeypatch):
-    """The config of a run, and the one that a sweep completed, whose folders stay as they are."""
+def test_what_was_stored_before_other_methods_existed_is_the_same_as_ever(tmp_path):
     stored = json.loads((REFERENCE / "stored_config.json").read_text())
     assert "use_cbp" in stored and {"combine", "l2_init", "use_upgd"}.isdisjoint(stored)
     folder = tmp_path / "continual_backpropagation"
@@ -149,16 +149,10 @@ def test_what_was_stored_before_other_methods_existed_is_the_same_as_ever(tmp_pa
     before, now = RunFiles(folder, 0).load_config(), settled(load_config(source, ["data_path=/data", "results_dir=/results"]), None, False)
     assert before == now and differing_keys(before, now) == []
 
-    monkeypatch.setenv("SCRATCH", "/elsewhere")
-    frozen = {"_source": source} | {key: value for key, value in stored.items() if key != "_environment"}
-    frozen |= {"results_dir": str(tmp_path), "data_path": "/$SCRATCH/data"}
-    (folder / "sweep").mkdir()
-    (folder / "sweep" / "config.json").write_text(json.dumps(frozen))
-    assert load_config(folder / "sweep" / "config.json").data_path == "/$SCRATCH/data"
     overrides = [f"results_dir={tmp_path}"]
-    assert len(plan([source], overrides, [], [0])) == 1
+    Runs(source, load_config(source, overrides), (0,)).check_settings()
     with pytest.raises(UserError, match=r"l2_init \(0\.0 there, 0\.1 here\)"):
-        plan([source], [*overrides, "l2_init=0.1", "combine=true"], [], [0])
+        Runs(source, load_config(source, [*overrides, "l2_init=0.1", "combine=true"]), (0,)).check_settings()
 
 
 def test_a_config_in_the_released_form_loads_unchanged(tmp_path):
@@ -244,12 +238,13 @@ def test_a_folder_whose_name_has_a_dollar_can_be_used(tmp_path, monkeypatch):
     monkeypatch.setenv("SCRATCH", "/elsewhere")
     config = config_with(folder, {"results_dir": "c$/results", "data_path": "$SCRATCH/data"})
     assert config.results_dir == f"{folder}/c$/results" and config.data_path == "/elsewhere/data"
+    (folder / "c$" / "results").mkdir(parents=True)
+    assert load_config(REPOSITORY / "cfg" / "head_resetting.json", overrides_of(config)) == config  # as a sweep starts its runs
     monkeypatch.setenv("HOME", "/of/$SCRATCH")
     monkeypatch.setenv("PLACE", "/its/$SCRATCH")
     config = config_with(folder, {"results_dir": "~/results", "data_path": "$PLACE/data"})
     assert (config.results_dir, config.data_path) == ("/of/$SCRATCH/results", "/its/$SCRATCH/data")
     assert make_config(config.to_dict(), "test") == config  # as a stored one
-    assert config_with(folder, {"_source": "mine.json", **config.to_dict()}) == config  # as a sweep completes it
     assert incremental_cifar_experiment.IncrementalCIFARExperiment(config, str(folder / "run"), 0).config.data_path == config.data_path
 
 

@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
 from incremental_cifar.command_line import run_script
-from plots import compare_with_paper, drawing, plot_incremental_cifar_results, plot_paper_figure, run_results
+from plots import compare_with_paper, draw_all, drawing, plot_incremental_cifar_results, plot_paper_figure, run_results
 from plots.drawing import COLOURS, STYLE, spread, strokes
 from plots.output_files import write_figure
 from plots.published_curves import read_published_curves
@@ -527,6 +527,20 @@ def test_names_that_the_font_cannot_show_are_escaped_with_one_note(results, tmp_
     note = f"Note: in the figure, characters that its font cannot show are escaped: {name!r} is {label}\n" if name != label else ""
     assert out == f"Note: {label}: index 0 has only 2 of 3 tasks\n" + note
     write_figure(figure, *(tmp_path / f"figure{suffix}" for suffix in (".png", ".svg", ".pdf")))
+
+
+def test_all_figures_are_those_of_what_is_there_and_others_are_said(results, capsys, tmp_path):
+    status, _, error = run(draw_all, capsys, "--results_dir", results)
+    assert status == 2 and error.count("\n") == 1 and "no runs here" in error
+    store(results, BASE, 0, SMALL, **{ACCURACY: np.full(6, 0.5), RANK: [1, 2, 3]})
+    store(results, "mine", 0, SMALL, **{RANK: [3, 2, 1]})
+    status, *_ = run(draw_all, capsys, "--results_dir", results, "--output-dir", tmp_path / "out")
+    figures = {f"{stem}{suffix}" for stem in plot_paper_figure.STEMS for suffix in (".png", ".svg")}
+    assert status == 0 and set(os.listdir(tmp_path / "out")) == figures | {f"{ACCURACY}.svg", f"{RANK}.svg"}
+    (results / "mine" / RANK / "index-0.npy").write_bytes(b"")
+    status, _, error = run(draw_all, capsys, "--results_dir", results)
+    assert status == 1 and f"mine/{RANK}/index-0.npy: cannot read this metric" in error
+    assert (results / "figures" / f"{ACCURACY}.svg").exists()
 
 
 def test_default_output_is_beside_the_script():

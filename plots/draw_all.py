@@ -1,0 +1,40 @@
+"""Every figure of a folder of results: the paper's, the comparison with it, and one of each metric that is there.
+
+    python plots/draw_all.py --results_dir results/
+
+They are written into figures/ in that folder, or to `--output-dir`. What cannot be drawn is said in a line, and the exit status is 1.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))  # the parts are found wherever this script is called from
+
+from incremental_cifar.command_line import OneLineArgumentParser, run_script
+from incremental_cifar.config import UserError
+from plots import compare_with_paper, plot_incremental_cifar_results, plot_paper_figure
+from plots.run_results import add_results_argument, find_metrics
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = OneLineArgumentParser(description="Draw every figure that stored runs give.")
+    add_results_argument(parser)
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="where to write (default: figures/ in --results_dir)")
+    parsed = parser.parse_args(arguments)
+    results, output = parsed.results_dir, parsed.output_dir or parsed.results_dir / "figures"
+    statuses = []
+    if any((results / name).is_dir() for name in ALGORITHM_LABELS):
+        for script in (plot_paper_figure, compare_with_paper):
+            statuses.append(run_script(script.main, ["--results_dir", str(results), "--output-dir", str(output)]))
+    for name in find_metrics(results):
+        command = ["--results_dir", str(results), "--metric", name, "--output", str(output / f"{name}.svg")]
+        statuses.append(run_script(plot_incremental_cifar_results.main, command))
+    if not statuses:
+        raise UserError(f"{results}: no runs here; --results_dir names the folder that holds one folder per algorithm")
+    return 1 if any(statuses) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
