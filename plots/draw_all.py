@@ -15,7 +15,7 @@ sys.path.insert(0, str(REPOSITORY))  # the parts are found wherever this script 
 from incremental_cifar.command_line import OneLineArgumentParser, run_script
 from incremental_cifar.config import UserError
 from plots import compare_with_paper, plot_incremental_cifar_results, plot_paper_figure
-from plots.run_results import add_results_argument, find_metrics
+from plots.run_results import ALGORITHM_LABELS, add_results_argument, find_metrics
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
