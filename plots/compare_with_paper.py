@@ -13,7 +13,7 @@ points of a curve, then over the curves of the metric, each with its smallest. A
 its points does. One run has no standard error: it is drawn, not judged. What to expect (tests/test_plots.py simulates it; in brackets
 where the points of a run are correlated by 0.8): if ours are the paper's in mean and standard deviation, a metric has a curve that differs
 in 1 % of cases with two or three runs, 5 % with 15; if two runs come of 1.5 times its deviation, in 14 %. A curve that is off by three
-standard deviations of a run is found in 92 % (54 %) with two runs, 99 % (67 %) with three, 100 % (93 %) with five. Runs of indices 0 to 14
+standard deviations of a run is found in 92 % (56 %) with two runs, 99 % (66 %) with three, 100 % (93 %) with five. Runs of indices 0 to 14
 share the paper's class orders, and agree more often.
 
 Beside that, for every algorithm whose runs have a retrained network of their index beside them, the paper's or not: the gap to it, that

@@ -848,10 +848,11 @@ def test_p_values_are_adjusted_within_curves_and_over_them():
     np.testing.assert_allclose(adjusted, [0.03, 0.016, 0.04, 0.5, np.nan, 0.04, np.nan])
 
 
-def simulated_verdicts(num_runs, shift=0.0, repetitions=1500):
+def simulated_verdicts(num_runs, shift=0.0, correlation=0.0, spread=1.0, repetitions=1500):
     """Test accuracies of many normally distributed papers of 15 runs, and of as many reproductions whose first curve's true mean is moved.
 
-    shift: in standard deviations of a run. Returns (repetitions, 5 curves, 20 points), True where a point differs.
+    shift: in standard deviations of a run. correlation: of a run's points. spread: our standard deviation over the paper's. Returns
+    (repetitions, 5 curves, 20 points), True where a point differs.
     """
     generator = np.random.default_rng(num_runs)
     curves = [curve for (metric, _), curve in read_published_curves().items() if metric == "test_accuracy"]
@@ -859,13 +860,14 @@ def simulated_verdicts(num_runs, shift=0.0, repetitions=1500):
     errors = np.array([np.interp(classes, classes[here], curve.standard_error[here]) for curve, here in zip(curves, shown, strict=True)])
     deviation, reading_error = errors * math.sqrt(15), np.array([curve.reading_error for curve in curves])
 
-    def means_and_errors(runs):
-        values = generator.standard_normal((repetitions, runs, *errors.shape))
+    def means_and_errors(runs, deviation):
+        own, common = generator.standard_normal((repetitions, runs, *errors.shape)), generator.standard_normal((repetitions, runs, 1, 1))
+        values = math.sqrt(1 - correlation) * own + math.sqrt(correlation) * common
         return deviation * values.mean(axis=1), deviation * values.std(axis=1, ddof=1) / math.sqrt(runs)
 
-    ours, standard_error = means_and_errors(num_runs)
+    ours, standard_error = means_and_errors(num_runs, spread * deviation)
     ours[:, 0] += shift * deviation[0]
-    paper, paper_error = means_and_errors(15)
+    paper, paper_error = means_and_errors(15, deviation)
     paper += reading_error * generator.standard_normal(paper.shape)
     for number, here in enumerate(shown):
         paper_error[:, number] = [np.interp(classes, classes[here], error[here]) for error in paper_error[:, number]]
@@ -882,6 +884,14 @@ def test_chance_seldom_differs_and_three_standard_deviations_do(num_runs, power)
     differs = simulated_verdicts(num_runs, shift=3.0)
     assert differs[:, 0].any(axis=1).mean() >= power
     assert differs[:, 1:].any(axis=2).mean() <= 0.06  # of the curves that are the paper's
+
+
+def test_what_the_comparison_says_to_expect():
+    """In the script's docstring, where points are not independent or deviations not equal."""
+    for num_runs, power in ((2, 0.56), (3, 0.66), (5, 0.93)):
+        differs = simulated_verdicts(num_runs, shift=3.0, correlation=0.8)
+        assert differs[:, 0].any(axis=1).mean() == pytest.approx(power, abs=0.04)
+    assert simulated_verdicts(2, spread=1.5).any(axis=(1, 2)).mean() == pytest.approx(0.14, abs=0.03)
 
 
 def test_comparison_is_written_before_it_is_printed(results, tmp_path, monkeypatch):
