@@ -1,1 +1,1 @@
-"""From stored metrics to figures and tables; needs NumPy and Matplotlib only."""
+"""From stored metrics to figures and tables; needs NumPy and Matplotlib only, the comparison SciPy too."""

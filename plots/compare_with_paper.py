@@ -2,14 +2,19 @@
 
     python plots/compare_with_paper.py --results_dir results/
 
-For every metric, algorithm and number of classes: ours (mean, standard error, number of runs), the paper's, and the difference. Ours agrees
-if the difference is at most
+For every metric, algorithm and number of classes: ours (mean, standard error, number of runs), the paper's, the difference, and a p-value
+of equal means: Welch's t-test's or Student's, whichever is larger. (By chance, a few runs often lie far too close together. Welch's test
+believes them; Student's, that pools their variance with the paper's, does not, but finds too much where ours truly is larger.) The error
+of reading the paper's mean off its figure is added to its standard error in quadrature; where the figure hides that, it is interpolated
+between the curve's nearest ones, and marked.
 
-    2 sqrt(our standard error^2 + the paper's standard error^2) + reading error of the paper's mean.
-
-Where the paper's figure hides its standard error, it counts as 0 and the point is marked: there the test is too strict. With one run there
-is no standard error, and nothing is claimed. Of points that come from the same distributions, about one in twenty disagrees by chance, more
-if there are few runs. Runs that share their indices with the paper's (0 to 14) share its class orders, so that they agree more often.
+A metric has up to 100 points, so p-values are adjusted (Benjamini and Hochberg's control of the false discovery rate) twice: over the
+points of a curve, then over the curves of the metric, each with its smallest. A point differs if both are below 0.05, a curve if one of
+its points does. One run has no standard error: it is drawn, not judged. What to expect (tests/test_plots.py simulates it; in brackets
+where the points of a run are correlated by 0.8): if ours are the paper's in mean and standard deviation, a metric has a curve that differs
+in 1 % of cases with two or three runs, 5 % with 15; if two runs come of 1.5 times its deviation, in 14 %. A curve that is off by three
+standard deviations of a run is found in 92 % (56 %) with two runs, 99 % (66 %) with three, 100 % (93 %) with five. Runs of indices 0 to 14
+share the paper's class orders, and agree more often.
 
 Beside that, for every algorithm whose runs have a retrained network of their index beside them, the paper's or not: the gap to it, that
 is, test accuracy minus the retrained network's, the best epoch of each task, in percentage points. A run gives two numbers: the mean of its
@@ -17,8 +22,7 @@ gaps over all tasks, and the slope of the least-squares line through them over t
 what is lost grows). Their means over the runs come with standard errors, and with the same of the paper's curve.
 
 Writes comparison_with_paper.md, .png and .svg beside this script or to `--output-dir`, then prints the table; with nothing to compare,
-writes nothing. The exit status is 0; with `--strict`, 1 if at least one point disagrees, which by chance alone is to be expected of so
-many, or none could be compared.
+writes nothing. The exit status is 0; with `--strict`, 1 if at least one curve differs, or none could be judged.
 """
 
 import argparse
@@ -31,6 +35,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # the parts are found wherever this script is called from
 
 import numpy as np
+from scipy.stats import false_discovery_control, ttest_ind_from_stats
 
 from incremental_cifar.command_line import OneLineArgumentParser, run_script
 from incremental_cifar.config import Config
@@ -74,7 +79,9 @@ from plots.run_results import (
 
 COMPARED = {published: name for name, published in PUBLISHED.items()}
 
-AGREES, DIFFERS, TOO_FEW = "agrees", "differs", "too few"
+AGREES, DIFFERS, NOT_JUDGED = "agrees", "differs", "not judged"
+LEVEL = 0.05  # a point with a smaller adjusted p-value differs
+PAPERS_RUNS = 15  # behind every mean of the paper
 
 
 class Point(NamedTuple):
@@ -87,34 +94,30 @@ class Point(NamedTuple):
     standard_error: float  # NaN with one run
     num_runs: int
     paper: float
-    paper_standard_error: float  # NaN where the paper's figure hides it
+    paper_standard_error: float  # where the paper's figure hides it, that of its neighbours
+    is_hidden: bool
     reading_error: float
+    p_value: float = np.nan  # adjusted for the points of the metric; NaN with one run
 
     @property
     def difference(self) -> float:
         return self.ours - self.paper
 
     @property
-    def is_hidden(self) -> bool:
-        """Whether the paper's standard error is unknown, and taken as 0."""
-        return bool(np.isnan(self.paper_standard_error))
+    def paper_error(self) -> float:
+        """What the paper's mean is uncertain by: its standard error, and that of reading it."""
+        return float(np.hypot(self.paper_standard_error, self.reading_error))
 
     @property
-    def tolerance(self) -> float:
-        """The largest difference that counts as agreement; NaN with one run."""
-        paper_standard_error = 0.0 if self.is_hidden else self.paper_standard_error
-        return 2 * float(np.hypot(self.standard_error, paper_standard_error)) + self.reading_error
+    def error(self) -> float:
+        """The standard error of the difference; NaN with one run."""
+        return float(np.hypot(self.standard_error, self.paper_error))
 
     @property
     def verdict(self) -> str:
-        if np.isnan(self.standard_error):
-            return TOO_FEW
-        return AGREES if abs(self.difference) <= self.tolerance else DIFFERS
-
-    @property
-    def excess(self) -> float:
-        """The difference in tolerances: above 1 it disagrees."""
-        return abs(self.difference) / self.tolerance
+        if np.isnan(self.p_value):
+            return NOT_JUDGED
+        return DIFFERS if self.p_value < LEVEL else AGREES
 
 
 class Gap(NamedTuple):
@@ -143,8 +146,8 @@ def compare(results_dir: Path, published: dict[tuple[str, str], PublishedCurve])
         needed = [*algorithms, RETRAINED] if metric.is_relative else algorithms
         if missing := [algorithm for algorithm in needed if algorithm not in runs]:
             remarks.append(f"{published_name}: nothing to compare of {', '.join(missing)}")
-        for curve in shown.curves:
-            points += matching_points(published_name, curve, published[published_name, curve.algorithm])
+        curves = [matching_points(published_name, curve, published[published_name, curve.algorithm]) for curve in shown.curves]
+        points += judged([point for curve in curves for point in curve])
     return points, list(dict.fromkeys(remarks))
 
 
@@ -188,42 +191,92 @@ def only_the_papers(runs: dict[str, list[Run]]) -> tuple[dict[str, list[Run]], l
 
 
 def matching_points(published_name: str, curve: Curve, paper: PublishedCurve) -> list[Point]:
-    """The points of a curve at numbers of classes where we have a run and the paper a value."""
+    """The points of a curve at numbers of classes where we have a run and the paper a value; not judged yet."""
     mean, standard_error, count = mean_and_standard_error(curve.values)
     ours = {int(position): number for number, position in enumerate(curve.positions) if count[number]}
     points = []
-    for number_of_classes, paper_mean, paper_standard_error, reading_error in zip(*paper, strict=True):
+    is_hidden = np.isnan(paper.standard_error)
+    shown = paper.number_of_classes[~is_hidden], paper.standard_error[~is_hidden]
+    paper = paper._replace(standard_error=np.interp(paper.number_of_classes, *shown))
+    for number_of_classes, paper_mean, paper_standard_error, reading_error, hidden in zip(*paper, is_hidden, strict=True):
         if (number := ours.get(int(number_of_classes))) is not None:
             our_values = float(mean[number]), float(standard_error[number]), int(count[number])
-            paper_values = float(paper_mean), float(paper_standard_error), float(reading_error)
+            paper_values = float(paper_mean), float(paper_standard_error), bool(hidden), float(reading_error)
             points.append(Point(published_name, curve.algorithm, int(number_of_classes), *our_values, *paper_values))
     return points
 
 
+def judged(points: Sequence[Point]) -> list[Point]:
+    """All points of a metric with their p-values."""
+    if not points:
+        return []
+    values = np.array([(point.ours, point.standard_error, point.num_runs, point.paper, point.paper_error) for point in points])
+    adjusted = adjusted_p_values(p_values(*values.T), np.array([point.algorithm for point in points]))
+    return [point._replace(p_value=float(p_value)) for point, p_value in zip(points, adjusted, strict=True)]
+
+
+def p_values(ours: np.ndarray, standard_error: np.ndarray, num_runs: np.ndarray, paper: np.ndarray, paper_error: np.ndarray) -> np.ndarray:
+    """Two-sided p-values of equal means, of Welch's t-test or of Student's, whichever is larger; arrays that broadcast, NaN with one run.
+
+    The paper's reading error counts as a part of its 15 runs' deviation, in Welch and Satterthwaite's degrees of freedom too. Where a few
+    runs are close together by chance, these are near 14: the reason why Welch's test alone finds far too much.
+    """
+    samples = ours, standard_error * np.sqrt(num_runs), num_runs, paper, paper_error * np.sqrt(PAPERS_RUNS), PAPERS_RUNS
+    return np.maximum(*(ttest_ind_from_stats(*samples, equal_var=equal_var).pvalue for equal_var in (False, True)))
+
+
+def adjusted_p_values(p: np.ndarray, curve: np.ndarray) -> np.ndarray:
+    """p-values of a metric's points, adjusted by Benjamini and Hochberg over those of a curve, and at least the curve's over the curves.
+
+    p: (p,) NaN where there is none. curve: (p,) which curve a point is on. Returns (p,). A curve's is the smallest of its points': adjusted
+    all at once, a curve that differs everywhere would let single points of others pass for differing.
+    """
+    adjusted = p.copy()
+    curves = [points for name in np.unique(curve) if (points := np.flatnonzero((curve == name) & np.isfinite(p))).size]
+    for points in curves:
+        adjusted[points] = false_discovery_control(p[points])
+    for points, of_curve in zip(curves, false_discovery_control([adjusted[points].min() for points in curves]), strict=True):
+        adjusted[points] = np.maximum(adjusted[points], of_curve)
+    return adjusted
+
+
+def by_curve(points: Sequence[Point]) -> dict[tuple[str, str], list[Point]]:
+    """(metric, algorithm) to points."""
+    curves: dict[tuple[str, str], list[Point]] = {}
+    for point in points:
+        curves.setdefault((point.metric, point.algorithm), []).append(point)
+    return curves
+
+
+def common_verdict(points: Sequence[Point]) -> str:
+    """Of a curve, or of all: differs if one of the points does, and otherwise agrees if one is judged."""
+    return min((point.verdict for point in points), key=(DIFFERS, AGREES, NOT_JUDGED).index, default=NOT_JUDGED)
+
+
+def least_likely(points: Sequence[Point]) -> Point:
+    """Of points that are judged, that with the smallest p-value."""
+    return min(points, key=lambda point: point.p_value)
+
+
 def summary(points: Sequence[Point]) -> str:
-    """One line: how many of the compared points agree, and the largest disagreement, counted in tolerances."""
-    compared = [point for point in points if point.verdict != TOO_FEW]
+    """One line: how many of the points and curves that are judged agree, and the smallest p-value."""
+    compared = [point for point in points if point.verdict != NOT_JUDGED]
     if not compared:
         return "Nothing compared: " + (
             "one run is too few for a standard error." if points else "no run of the paper's experiment here; nothing written."
         )
-    worst = max(compared, key=lambda point: point.excess)
-    differing = [point for point in compared if point.verdict == DIFFERS]
-    at_worst = (
-        f"{worst.metric} of {worst.algorithm} at {worst.number_of_classes} classes, {signed(worst.difference)} where {worst.tolerance:.3f} "
-        f"would agree"
+    curves = [common_verdict(curve) for curve in by_curve(compared).values()]
+    least = least_likely(compared)
+    return (
+        f"{curves.count(AGREES)} of {len(curves)} curves agree, {sum(point.verdict == AGREES for point in compared)} of {len(compared)} "
+        f"points; the smallest adjusted p-value is {p_text(least.p_value)}, {least.metric} of {least.algorithm} at "
+        f"{least.number_of_classes} classes, {signed(least.difference)}."
     )
-    text = f"{len(compared) - len(differing)} of {len(compared)} compared points agree"
-    if not differing:
-        return f"{text}; the largest difference is {at_worst}."
-    num_hidden = sum(point.is_hidden for point in differing)
-    hidden = f" ({num_hidden} of the {len(differing)} others where the paper's standard error is hidden)" if num_hidden else ""
-    return f"{text}{hidden}; the largest disagreement is {at_worst}."
 
 
 # --- The table -----------------------------------------------------------------------------------------------------------------------
 
-COLUMNS = ("metric", "algorithm", "classes", "ours", "SE", "n", "paper", "SE", "difference", "tolerance", "")
+COLUMNS = ("metric", "algorithm", "classes", "ours", "SE", "n", "paper", "SE", "difference", "adjusted p", "verdict")
 NUM_TEXT_COLUMNS = 2  # on the left; the others are numbers, to the right
 
 
@@ -231,39 +284,42 @@ def signed(value: float) -> str:
     return f"{value:+.3f}"
 
 
+def p_text(p_value: float) -> str:
+    if np.isnan(p_value):
+        return "-"
+    return f"{p_value:.3f}" if p_value >= 0.001 else "<0.001"
+
+
 def table_row(point: Point) -> tuple[str, ...]:
     """A point as texts, one per column."""
-    one_run = np.isnan(point.standard_error)
     return (
         point.metric,
         point.algorithm,
         str(point.number_of_classes),
         f"{point.ours:.3f}",
-        "-" if one_run else f"{point.standard_error:.3f}",
+        "-" if point.num_runs == 1 else f"{point.standard_error:.3f}",
         str(point.num_runs),
         f"{point.paper:.3f}",
-        "hidden" if point.is_hidden else f"{point.paper_standard_error:.3f}",
+        ("hidden, ~" if point.is_hidden else "") + f"{point.paper_standard_error:.3f}",
         signed(point.difference),
-        "-" if one_run else f"{point.tolerance:.3f}",
+        p_text(point.p_value),
         point.verdict,
     )
 
 
+OVERVIEW_COLUMNS = ("metric", "algorithm", "agree", "largest difference", "at classes", "adjusted p", "verdict")
+
+
 def overview_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
-    """Per metric and algorithm: how many of the compared points agree, and the largest difference of any."""
-    groups: dict[tuple[str, str], list[Point]] = {}
-    for point in points:
-        groups.setdefault((point.metric, point.algorithm), []).append(point)
+    """Per curve: how many of the judged points agree, the largest difference of any, the smallest p-value, and the verdict."""
     rows = []
-    for (metric, algorithm), group in groups.items():
-        compared = [point for point in group if point.verdict != TOO_FEW]
-        agreeing = sum(point.verdict == AGREES for point in compared)
-        farthest = max(group, key=lambda point: abs(point.difference))
-        rows.append((metric, algorithm, f"{agreeing} of {len(compared)}", signed(farthest.difference), str(farthest.number_of_classes)))
+    for names, curve in by_curve(points).items():
+        compared = [point for point in curve if point.verdict != NOT_JUDGED]
+        agree = f"{sum(point.verdict == AGREES for point in compared)} of {len(compared)}" if compared else "-"
+        farthest = max(curve, key=lambda point: abs(point.difference))
+        p_value = least_likely(compared).p_value if compared else np.nan
+        rows.append((*names, agree, signed(farthest.difference), str(farthest.number_of_classes), p_text(p_value), common_verdict(curve)))
     return rows
-
-
-OVERVIEW_COLUMNS = ("metric", "algorithm", "agree", "largest difference", "at classes")
 
 
 GAP_COLUMNS = ("gap to the retrained network", "n", "mean", "SE", "paper", "slope", "SE", "paper")
@@ -304,11 +360,12 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 EXPLANATION = """\
 All numbers are percent; relative accuracies are percentage points, stable ranks percent of 512 units. SE is the standard error of the
-mean over n runs (the paper: 15). Tolerance is 2 sqrt(SE^2 + SE^2) plus the error of reading the paper's mean off its figure; a difference
-of at most that agrees. Where the paper's figure hides its SE, it counts as 0, which makes the test too strict. One run has no SE: too few.
-About one point in twenty disagrees by chance, more with few runs; runs of indices 0 to 14 have the paper's class orders and agree more
-often than others. On the first task the base system, head resetting and the retrained network are one algorithm: deterministic runs of one
-index are equal there, and their relative accuracy at 5 classes is exactly 0, which the paper's, with its hidden SE, need not agree with."""
+mean over n runs (the paper: 15; where its figure hides it, "hidden" and that of its neighbours on the curve). p is the larger of Welch's
+and Student's t-tests of equal means, with the error of reading the paper's mean in its SE, adjusted (Benjamini-Hochberg) for the points
+of the curve and the curves of the metric; a curve's is the smallest of its points'. Below 0.05 it differs: where ours are the paper's in
+mean and standard deviation, a metric has such a curve in at most one of twenty comparisons. One run has no SE and is not judged. That few
+runs agree may only mean that they are few. Runs of indices 0 to 14 have the paper's class orders and agree more often than others. On the
+first task the base system, head resetting and the retrained network are one algorithm: deterministic runs of one index are equal there."""
 
 
 GAP_EXPLANATION = """\
@@ -343,18 +400,18 @@ ROW_LABELS = {
 MARKERS = {
     AGREES: {"marker": "o", "markersize": 2.4},
     DIFFERS: {"marker": "x", "markersize": 3.6, "markeredgewidth": 1.0},
-    TOO_FEW: {"marker": "o", "markersize": 2.4, "markerfacecolor": "white", "markeredgewidth": 0.6},
+    NOT_JUDGED: {"marker": "o", "markersize": 2.4, "markerfacecolor": "white", "markeredgewidth": 0.6},
 }
 LEGEND = (
-    "Our mean minus the paper's, in percentage points. Grey: differences that agree (two combined standard errors and the reading error). "
-    "Dots agree, crosses differ, hollow dots are of one run."
+    "Our mean minus the paper's, in percentage points. Grey: ± 1 standard error of the difference. "
+    "Dots agree, crosses differ; hollow: one run, not judged."
 )
 
 
 def draw_differences(points: Sequence[Point], notes: Sequence[str] = ()) -> Figure:
-    """A panel per metric and algorithm: our mean minus the paper's, with the tolerance as a band around 0.
+    """A panel per metric and algorithm: our mean minus the paper's, with its standard error as a band around 0.
 
-    Filled: agrees. Crosses: differs. Hollow: one run, no verdict. The panels of a row share their y axis.
+    Filled: agrees. Crosses: differs. Hollow: one run, not judged. The panels of a row share their y axis.
     """
     metrics = [metric for metric in COMPARED if any(point.metric == metric for point in points)]
     algorithms = [algorithm for algorithm in ALGORITHM_LABELS if any(point.algorithm == algorithm for point in points)]
@@ -368,7 +425,7 @@ def draw_differences(points: Sequence[Point], notes: Sequence[str] = ()) -> Figu
     figure = new_figure(full_width, full_height)
     for row, metric in enumerate(metrics):
         of_metric = [point for point in points if point.metric == metric]
-        reach = min(1.12 * max(max(abs(point.difference), np.nan_to_num(point.tolerance)) for point in of_metric), 100)
+        reach = min(1.12 * max(max(abs(point.difference), np.nan_to_num(point.error)) for point in of_metric), 100)
         for column, algorithm in enumerate(algorithms):
             panel = [point for point in of_metric if point.algorithm == algorithm]
             if not panel:
@@ -377,10 +434,10 @@ def draw_differences(points: Sequence[Point], notes: Sequence[str] = ()) -> Figu
             axes = add_axes(figure, left + column * (width + gap), bottom, width, row_height)
             classes = np.array([point.number_of_classes for point in panel])
             differences = np.array([point.difference for point in panel])
-            tolerances = np.array([point.tolerance for point in panel])
+            errors = np.array([point.error for point in panel])
             colour = stroke_of[algorithm].colour
             axes.axhline(0, color=GREY, linewidth=0.6, linestyle=(0, (4, 2)), zorder=1.5)
-            axes.fill_between(classes, -tolerances, tolerances, where=np.isfinite(tolerances), color=GREY, alpha=0.15, linewidth=0)
+            axes.fill_between(classes, -errors, errors, where=np.isfinite(errors), color=GREY, alpha=0.15, linewidth=0)
             axes.plot(classes, differences, color=colour, linewidth=0.5)
             for verdict, marker in MARKERS.items():
                 chosen = np.array([point.verdict == verdict for point in panel])
@@ -415,7 +472,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--strict",
         action="store_true",
-        help="exit status 1 if at least one point disagrees (at two standard errors about 1 in 20 do by chance), or none could be compared",
+        help="exit status 1 if at least one curve differs (by chance, one of a metric does in at most 1 of 20 cases), or none is judged",
     )
     parsed = parser.parse_args(arguments)
     check_destinations(*output_paths(parsed.output_dir))
@@ -449,8 +506,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if gap_table:
         print(plain_table(GAP_COLUMNS, gap_table), end="\n\n")
     print(summary(points))
-    verdicts = {point.verdict for point in points}
-    return 1 if parsed.strict and (DIFFERS in verdicts or AGREES not in verdicts) else 0
+    return 1 if parsed.strict and common_verdict(points) != AGREES else 0
 
 
 if __name__ == "__main__":
