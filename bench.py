@@ -162,6 +162,7 @@ class BenchedRun:
         for _ in range(num_chunks):
             augmented(run.images.train, indices, transformations)
 
+    @torch.no_grad()
     def reset(self, num_steps: int) -> None:
         """What the host has algorithms do after so many steps, alone: resets, noise."""
         for number in range(num_steps):

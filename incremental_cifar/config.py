@@ -67,7 +67,8 @@ _IMAGES = _between(1, TRAIN_IMAGES_PER_CLASS - 1)
 def setting(default: Any, help: str, rule: Rule = _ANYTHING, **facts: str | bool) -> Any:
     """A field of `Config` with all there is to know of its setting; help: what it means, in Markdown. facts, where there are any:
 
-    unit; method: the name of the method that it switches on, unless it is 0 or false; of: the key without which it has no effect;
+    unit; method: the name of the method that it switches on, unless it is 0 or false; paper: that is the paper's; of: the key without which
+    it has no effect;
     size: it says what a run's files hold; free: it may change between the start of a run and its resumption, since it cannot change the
     results (the device, their last bits; resuming elsewhere is allowed, with a warning).
     """
@@ -119,9 +120,15 @@ class Config:
 
     # The paper's algorithms
     noise_std: float = setting(
-        0.0, "Standard deviation of the noise added to all parameters in every step; 0: none.", _at_least(0), method="Shrink and perturb"
+        0.0,
+        "Standard deviation of the noise added to all parameters in every step; 0: none.",
+        _at_least(0),
+        method="Shrink and perturb",
+        paper=True,
     )
-    use_cbp: bool = setting(False, "Draw the least useful mature units anew, very few in a step.", method="Continual backpropagation")
+    use_cbp: bool = setting(
+        False, "Draw the least useful mature units anew, very few in a step.", method="Continual backpropagation", paper=True
+    )
     replacement_rate: float = setting(
         0.0, "Share of a layer's units that is reset; not 0.", _between(0, 1), unit="share per step", of="use_cbp"
     )
@@ -139,9 +146,11 @@ class Config:
         "Average the feature's magnitude with decay 0.99 and clear it at a reset, as the paper says. False: its sum, as released.",
         of="use_cbp",
     )
-    reset_head: bool = setting(False, "Draw the output layer anew at the end of every task but the last.", method="Head resetting")
+    reset_head: bool = setting(
+        False, "Draw the output layer anew at the end of every task but the last.", method="Head resetting", paper=True
+    )
     reset_network: bool = setting(
-        False, "Draw all layers anew at the end of every task but the last; includes `reset_head`.", method="Retrained network"
+        False, "Draw all layers anew at the end of every task but the last; includes `reset_head`.", method="Retrained network", paper=True
     )
     early_stopping: bool = setting(
         False, "At the end of a task, go back to its epoch of best validation accuracy (the first of equals), batch-norm buffers included."
@@ -271,7 +280,6 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 RULES: dict[str, Rule] = {key: field.metadata["rule"] for key, field in FIELDS.items()}
 METHODS = {field.metadata["method"]: key for key, field in FIELDS.items() if "method" in field.metadata}
 # The released code has these combined freely.
-PAPER_METHODS = {"Shrink and perturb", "Continual backpropagation", "Head resetting", "Retrained network"}
 FREE_KEYS = frozenset(key for key, field in FIELDS.items() if "free" in field.metadata)
 # The released code stores none of these: then the paper's hold, which are the defaults.
 SIZE_KEYS = tuple(key for key, field in FIELDS.items() if "size" in field.metadata)
@@ -482,6 +490,8 @@ def _checked(key: str, value: Any, source: str) -> Any:
     right_type |= expected == Auto and (type(value) is bool or value == "auto")
     if not right_type:
         raise UserError(f"{source}: {key} is {shown}; it must be {wanted}")
+    if expected is int and abs(value) >= 2**63:
+        raise UserError(f"{source}: {key} is {shown}; it must be {wanted}, and fit into 64 bits")
     if expected is float:
         try:
             value = float(value)
@@ -523,6 +533,6 @@ def _check_combinations(config: Config, source: str) -> None:
     first, most = config.snr_first_threshold, config.snr_max_threshold
     if config.use_snr and first > most:
         raise UserError(f"{source}: snr_first_threshold is {first} but snr_max_threshold is {most}; it must be {first} or more")
-    if len(config.methods) > 1 and not config.combine and not PAPER_METHODS.issuperset(config.methods):
+    if len(config.methods) > 1 and not config.combine and not all("paper" in FIELDS[METHODS[name]].metadata for name in config.methods):
         methods = " and ".join(f"{name} ({METHODS[name]})" for name in config.methods)
         raise UserError(f"{source}: {methods} are on at once; turn all but one off, or set combine to true if that is meant")

@@ -1,6 +1,7 @@
 """What changes while a run trains: the network, what changes it, and what is measured of it; all that a checkpoint holds."""
 
 import contextlib
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor
 
 from incremental_cifar.algorithms import epoch_metrics, make_algorithms
-from incremental_cifar.command_line import memory_errors, warn
+from incremental_cifar.command_line import is_memory_full, memory_errors, warn
 from incremental_cifar.config import Config, UserError
 from incremental_cifar.learning_curves import LearningCurves
 from incremental_cifar.resnet import ResNet18, build_network
+from incremental_cifar.run_files import state_bytes
 from incremental_cifar.training import EvaluationStep, TrainingStep, make_optimizer
 
 
@@ -30,7 +32,23 @@ class Learner:
             self.evaluation_step.compile(config.deterministic)
         self.best_network = BestNetwork()
         num_steps = config.steps_before(config.num_epochs)
-        self.curves = LearningCurves(num_steps, config.num_epochs, device, names=epoch_metrics(self.algorithms))
+        self.check_states()
+        self.curves = LearningCurves(num_steps, config.num_epochs, device, names=self.epoch_metrics())
+
+    def check_states(self) -> None:
+        """Raise ValueError, hours before the first checkpoint does, if an algorithm's state cannot be stored and filled in again."""
+        for name, algorithm in self.training_step.named_algorithms():
+            try:
+                algorithm.load_state_dict(torch.load(io.BytesIO(state_bytes(algorithm.state_dict())), weights_only=True))
+            except Exception as error:
+                if is_memory_full(error):
+                    raise
+                raise ValueError(f"{name}.state_dict: what it gives cannot be stored and filled in again ({first_line(error)})") from error
+
+    @torch.no_grad()
+    def epoch_metrics(self) -> dict[str, float]:
+        """What the algorithms counted in the epoch that has just ended."""
+        return epoch_metrics(self.algorithms)
 
     def record(self, label: str) -> None:
         """Have the steps replayed from CUDA graphs from here on; where that is impossible, warn and go on without.

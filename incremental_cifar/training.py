@@ -9,7 +9,8 @@ Source: paper, Methods, "Class-incremental CIFAR-100"; released incremental_cifa
 import contextlib
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -181,6 +182,7 @@ class TrainingStep:
         self.network = network
         self.optimizer = optimizer
         self.algorithms = algorithms
+        self.observers = [algorithm for algorithm in algorithms if type(algorithm).observe is not Algorithm.observe]
         self.half = Bfloat16Copy(network) if precision == "bf16" else None
         self.forward: Forward = network if self.half is None else self.half.network
         self.recorded: Recorded | None = None
@@ -214,7 +216,8 @@ class TrainingStep:
             for algorithm in self.algorithms:
                 algorithm.change_gradients()
             self.optimizer.step()
-            for algorithm in self.algorithms:
+            features = [feature.detach() for feature in features] if self.observers else []
+            for algorithm in self.observers:
                 algorithm.observe(features)
         return loss.detach(), (logits.detach().argmax(1) == labels).float().mean()
 
@@ -232,7 +235,7 @@ class TrainingStep:
         return {
             "network": self.network.state_dict(),
             "momentum": momentum_buffers(self.network, self.optimizer),
-            "algorithms": {type(algorithm).__name__: algorithm.state_dict() for algorithm in self.algorithms},
+            "algorithms": {name: algorithm.state_dict() for name, algorithm in self.named_algorithms()},
         }
 
     @torch.no_grad()
@@ -241,8 +244,16 @@ class TrainingStep:
         self.network.load_state_dict(state["network"])
         for buffer, stored in zip(momentum_buffers(self.network, self.optimizer), state["momentum"], strict=True):
             buffer.copy_(stored)
+        for name, algorithm in self.named_algorithms():
+            algorithm.load_state_dict(state["algorithms"].get(name, {}))
+
+    def named_algorithms(self) -> Iterator[tuple[str, Algorithm]]:
+        """Each with its class's name, and its number behind it where there are several of a class."""
+        seen = Counter[str]()
         for algorithm in self.algorithms:
-            algorithm.load_state_dict(state["algorithms"].get(type(algorithm).__name__, {}))
+            name = type(algorithm).__name__
+            seen[name] += 1
+            yield name if seen[name] == 1 else f"{name} {seen[name]}", algorithm
 
 
 def tensors_in(state: Any) -> list[Tensor]:

@@ -13,6 +13,8 @@ from conftest import ALGORITHMS, REFERENCE, TINY, TINY_ALGORITHM, differing_resu
 
 import incremental_cifar_experiment
 import post_run_analysis
+from incremental_cifar import learner
+from incremental_cifar.algorithms import Algorithm
 from incremental_cifar.algorithms.continual_backprop import ResetSchedule
 from incremental_cifar.config import load_config
 from incremental_cifar.learner import Learner
@@ -98,3 +100,58 @@ def test_a_state_taken_anywhere_is_all_that_later_steps_depend_on(algorithm):
     resumed.training_step.load_state_dict(copy.deepcopy(first.training_step.state_dict()))
     for one, other in zip(learn(resumed, range(9, 20)), learn(whole, range(20)), strict=True):
         assert torch.equal(one, other)
+
+
+class Own(Algorithm):
+    """What somebody may write."""
+
+    def __init__(self, name="own_per_epoch", state=None):
+        self.name, self.state = name, state or {}
+        self.had_gradients = set()
+
+    def change_gradients(self):
+        self.had_gradients.add(torch.is_grad_enabled())
+
+    observe = after_step = end_task = lambda self, argument: self.had_gradients.add(torch.is_grad_enabled())
+
+    def metrics(self):
+        self.had_gradients.add(torch.is_grad_enabled())
+        return {self.name: 1}
+
+    def state_dict(self):
+        return self.state
+
+
+def own_learner(monkeypatch, *algorithms):
+    config = load_config("cfg/base_deep_learning_system.json", [f"{key}={value}" for key, value in TINY.items()])
+    monkeypatch.setattr(learner, "make_algorithms", lambda *_: algorithms)
+    return Learner(config, 3, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["clipped", "class_order", "test_accuracy_per_epoch", "train_accuracy_per_checkpoint", "../other_per_epoch", "", "a b_per_epoch"],
+)
+def test_a_metric_whose_name_could_be_something_elses_is_refused_before_the_run(name, monkeypatch):
+    with pytest.raises(ValueError, match=r"Own\.metrics: .* must end in _per_epoch"):
+        own_learner(monkeypatch, Own(name))
+
+
+@pytest.mark.parametrize("state", [{"n": np.float64(3)}, {"n": object()}, {"n": 3}, {"n": [torch.zeros(1)]}])
+def test_a_state_that_could_not_be_resumed_from_is_refused_before_the_run(state, monkeypatch):
+    with pytest.raises(ValueError, match=r"Own\.state_dict: what it gives cannot be stored and filled in again"):
+        own_learner(monkeypatch, Own(state=state))
+
+
+def test_two_of_a_kind_have_a_state_each_and_no_hook_sees_gradients(monkeypatch):
+    two = [Own(state={"n": torch.tensor(number)}) for number in (1, 2)]
+    own = own_learner(monkeypatch, *two)
+    stored = copy.deepcopy(own.state_dict(0))
+    assert own.epoch_metrics() == {"own_per_epoch": 2}
+    own.training_step(*example_batch(10, torch.device("cpu")), 0)
+    own.begin_task(0)
+    assert two[0].had_gradients == two[1].had_gradients == {False}
+    for algorithm in two:
+        algorithm.state["n"].zero_()
+    own.load_state_dict(stored)
+    assert [algorithm.state["n"].item() for algorithm in two] == [1, 2]

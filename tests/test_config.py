@@ -69,7 +69,7 @@ def test_the_readmes_table_is_that_of_the_fields():
 @pytest.mark.parametrize("key", FIELDS)
 def test_a_field_says_what_is_true(key):
     facts = FIELDS[key].metadata
-    assert facts.keys() <= {"help", "rule", "unit", "method", "of", "size", "free"} and facts["help"].endswith(".")
+    assert facts.keys() <= {"help", "rule", "unit", "method", "paper", "of", "size", "free"} and facts["help"].endswith(".")
     assert facts.get("of", "use_cbp") in METHODS.values()
     assert getattr(make_config({key: FIELDS[key].default}, "default"), key) == (
         FIELDS[key].default or getattr(make_config({}, "none"), key)
@@ -285,6 +285,7 @@ BAD_CONFIGS = {
     "too many epochs": ('{"epochs_per_task": 10000000000}', "from 1 to 100000"),
     "lone surrogate": ('{"experiment_name": "\\ud800"}', "Unicode text"),
     "name too long": ('{"experiment_name": "' + "é" * 150 + '"}', "at most 200 bytes"),
+    "an integer of more than 64 bits": ('{"snr_update_frequency": 1e300}', "it must be an integer, 1 or more, and fit into 64 bits"),
     "too many classes": ('{"num_tasks": 21}', "num_tasks 21 x classes_per_task 5 is 105 classes; CIFAR-100 has 100"),
     "too many images": ('{"train_images_per_class": 460}', "is 510; a class has 500 training images"),
     "no rate": ('{"use_cbp": true, "maturity_threshold": 5}', "use_cbp is true but replacement_rate is 0"),

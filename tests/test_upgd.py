@@ -3,8 +3,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_arguments
 from torch import nn
 
+import incremental_cifar_experiment
 from incremental_cifar.algorithms.flat import FlatTensor
 from incremental_cifar.algorithms.upgd import UPGD
 from incremental_cifar.seeds import Purpose, derive_seed
@@ -59,3 +61,14 @@ def test_it_is_the_published_update(decay_batch_norm):
 def flat(tensors):
     """All entries, in the order of their indices, as float64."""
     return np.concatenate([tensor.detach().double().numpy().ravel() for tensor in tensors])
+
+
+def test_where_no_weight_is_of_any_use_all_gates_are_half_open(tmp_path):
+    """As in a first task of one class, whose loss and gradients are 0."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.zeros(3)
+    network = torch.nn.ParameterList([parameter])
+    upgd = UPGD(network, torch.optim.SGD([parameter], lr=torch.tensor(0.1)), 0, beta=0.9, sigma=0.0)
+    upgd.change_gradients()
+    assert upgd.gates.values.tolist() == [0.5] * 3 and parameter.grad.tolist() == [0] * 3
+    assert incremental_cifar_experiment.main(tiny_arguments("upgd", tmp_path, classes_per_task=1)) == 0

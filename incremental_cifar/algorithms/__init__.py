@@ -1,5 +1,6 @@
 """What the algorithms do beyond SGD: one file each, one small interface (`Algorithm`), and here the `if` that switches each one on."""
 
+import re
 from collections.abc import Iterable
 
 import torch
@@ -16,6 +17,7 @@ from incremental_cifar.algorithms.task_reset import TaskReset
 from incremental_cifar.algorithms.upgd import UPGD
 from incremental_cifar.algorithms.weight_noise import WeightNoise
 from incremental_cifar.config import Config
+from incremental_cifar.learning_curves import METRICS
 from incremental_cifar.resnet import ResNet18
 
 
@@ -79,9 +81,14 @@ def make_algorithms(config: Config, network: ResNet18, optimizer: torch.optim.SG
 
 
 def epoch_metrics(algorithms: Iterable[Algorithm]) -> dict[str, float]:
-    """What the algorithms counted in the epoch that has just ended, by the names of the arrays; of what two of them count, the sum."""
+    """What the algorithms counted in the epoch that has just ended, by the names of the arrays; of what two of them count, the sum.
+
+    Raises ValueError if a name is not one that an algorithm can have for its own.
+    """
     total: dict[str, float] = {}
     for algorithm in algorithms:
         for name, value in algorithm.metrics().items():
+            if name in METRICS or not re.fullmatch(r"\w+_per_epoch", name, re.ASCII):
+                raise ValueError(f"{type(algorithm).__name__}.metrics: {name!r} must end in _per_epoch and be no metric of every run")
             total[name] = total.get(name, 0) + value
     return total

@@ -21,7 +21,10 @@ class Algorithm:
         """After the backward pass, before SGD: read and change the parameters' `grad`, in place."""
 
     def observe(self, features: list[Tensor]) -> None:
-        """After SGD. features: the 17 hidden layers' outputs, as `ResNet18` gives them, of the pass that made the gradients."""
+        """After SGD, where the gradients can still be read.
+
+        features: the 17 hidden layers' outputs, as `ResNet18` gives them, of the pass that made the gradients; bfloat16 in bf16.
+        """
 
     def after_step(self, step: int) -> None:
         """At the end of a step, counted from 0 over the whole run."""
@@ -33,18 +36,20 @@ class Algorithm:
         """What the epoch that has just ended adds to the run's arrays: a number per name that ends in `_per_epoch`.
 
         Called once at the start of a run, for the names, and after every epoch; may wait for the device. Counts start anew with each call.
+        A name that several algorithms have gets their sum.
         """
         return {}
 
     def state_dict(self) -> dict[str, Any]:
         """All that later steps depend on besides the network and SGD's momentum: tensors, numbers, lists and dicts of them.
 
-        Checkpoints hold it, and recording a step restores its tensors: they must be the very ones that the hooks change.
+        Checkpoints hold it, and what the steps before a recording change is put back from it: its tensors must be the very ones that the
+        hooks change, and a count that `change_gradients` or `observe` keeps belongs to it too.
         """
         return {}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Fill in a stored state, in place. To be overridden where it holds more than tensors."""
+        """Fill in a stored state, in place. To be overridden where the state holds more than tensors by their names."""
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])

@@ -52,7 +52,9 @@ class UPGD(Algorithm):
         utilities.mul_(self.beta)
         torch._foreach_addcmul_(self.utilities.pieces, gradients, self.parameters, value=self.beta - 1)
         self.beta_power.mul_(self.beta)
-        scale = -1 / ((1 - self.beta_power) * utilities.max())
+        largest = utilities.max()
+        largest = torch.where(largest == 0, 1, largest)  # all are 0 while there is but one class: half open, like most gates ever
+        scale = -1 / ((1 - self.beta_power) * largest)
         torch.mul(utilities, scale.float(), out=gates).sigmoid_()  # 1 - sigmoid(x) is sigmoid(-x)
         torch._foreach_mul_(gradients, self.gates.pieces)
 
