@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.status:
         return show_status(experiments, queue)
     for runs in experiments:
-        runs.check_settings()
+        runs.check()
     places = find_places(experiments, parsed.gpus) if parsed.slurm is None else {}
     packs = make_packs(experiments, queue, parsed)
     if parsed.dry_run:

@@ -198,6 +198,6 @@ def test_requeued_killed_stopped_and_diverging_runs(slurm, tmp_path, script):
     assert [[name for name in names if "_analysis" not in name and "accuracy_per_class" not in name] for names in differing] == [[], []]
     resumed = [(name, index) for name, index in runs if "Resuming" in (sweep.results / name / "logs" / f"index-{index}.log").read_text()]
     assert resumed == [(name, index) for name in (BASE, CBP) for index in (0, 1)]
-    assert "stopped by SIGUSR1" in (sweep.results / CBP / "logs" / "index-0.log").read_text()
-    assert "killed by SIGKILL" in (sweep.results / CBP / "logs" / "index-1.log").read_text()
+    assert "=== stopped by SIG" in (sweep.results / CBP / "logs" / "index-0.log").read_text()
+    assert "=== killed by SIGKILL" in (sweep.results / CBP / "logs" / "index-1.log").read_text()
     stress_counts["sweeps on Slurm with runs requeued, killed, stopped past the limit, diverging"] = "1 of 1"
