@@ -208,6 +208,21 @@ def test_a_time_limit_without_progress_is_an_error(is_stuck, tmp_path, sweep):
     assert bool(files.checkpoints()) != is_stuck
 
 
+def test_a_limit_during_the_analysis_is_progress_once(tmp_path, sweep):
+    """The first time the run has been finished before it, the second time nothing."""
+    arguments = [*config_files(tmp_path, BASE, num_tasks=1), "--indices", "0", "--pack", "0", "--analyse"]
+    for status in (138, 1):
+        run = sweep(arguments, SECONDS_TO_STOP="1")
+        run.wait_for_output("analyse   ")
+        tasks = Path(f"/proc/{run.process.pid}/task")
+        run.wait_until(lambda tasks=tasks: any(path.read_text() for path in tasks.glob("*/children")))
+        os.kill(int("".join(path.read_text() for path in tasks.glob("*/children"))), signal.SIGSTOP)
+        run.send(signal.SIGUSR1)
+        assert run.wait() == status, run.output()
+    assert sweep(arguments).wait() == 0
+    assert RunFiles(tmp_path / "results" / BASE, 0).how_it_stands(1) == ("analysed", "")
+
+
 def machine_with_gpus(folder: Path, nvidia_smi: str) -> dict[str, str]:
     """The environment on a machine whose nvidia-smi is these lines of shell."""
     write_program(folder / "bin" / "nvidia-smi", nvidia_smi)
