@@ -166,8 +166,8 @@ def script(tmp_path):
     """Start the experiment script: `script(arguments)` returns a ScriptRun; what still runs at the end of the test is killed."""
     runs = []
 
-    def start(arguments: list[str], *more: object) -> ScriptRun:
-        runs.append(ScriptRun(arguments, tmp_path / f"output-{len(runs)}.txt", *more))
+    def start(arguments: list[str], prepare: Callable[[], None] | None = None, **options: str) -> ScriptRun:
+        runs.append(ScriptRun(arguments, tmp_path / f"output-{len(runs)}.txt", prepare, **options))
         return runs[-1]
 
     yield start

@@ -44,7 +44,7 @@ def trained(sweep: ScriptRun) -> list[str]:
 @pytest.fixture
 def sweep(tmp_path, script):
     """Start a sweep of tiny runs: `sweep(arguments)`; what still runs at the end of the test is killed."""
-    yield lambda arguments, **environment: script(arguments, functools.partial(as_a_sweep, environment), "run_sweep")
+    yield lambda arguments, **environment: script(arguments, functools.partial(as_a_sweep, environment), script="run_sweep")
     for path in tmp_path.rglob(".index-*.lock"):
         if match := re.search(r"process (\d+)", lock_holder(path) or ""):
             os.kill(int(match[1]), signal.SIGKILL)
