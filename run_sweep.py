@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.status:
         return show_status(experiments, queue)
     for runs in experiments:
-        runs.check_settings()
+        runs.check()
     places = find_places(experiments, parsed.gpus) if parsed.slurm is None else {}
     packs = make_packs(experiments, queue, parsed)
     if parsed.dry_run:
@@ -156,7 +156,7 @@ def sweep_here(experiments: Sequence[Runs], packs: Sequence[Runs], places: Mappi
                 problems.append(f"not all figures of {results_dir} can be drawn")
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr, flush=True)
-    return 1 if problems or any(runs.unfinished() for runs in packs) else 0
+    return 1 if problems or any(pack.unfinished() or (parsed.analyse and pack.unanalysed()) for pack in packs) else 0
 
 
 def show_status(experiments: Sequence[Runs], queue: Mapping[tuple[Path, int], str]) -> int:

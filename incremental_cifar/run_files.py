@@ -346,8 +346,9 @@ class Runs(NamedTuple):
         is_auto = has_gpu and self.config.device == "auto"
         return self._replace(config=dataclasses.replace(self.config, device="cuda")) if is_auto else self
 
-    def check_settings(self) -> None:
-        """Raise UserError if one of them was started with settings that can give other results."""
+    def check(self) -> None:
+        """Raise UserError if one was started with settings that can give other results, or if nothing can be written in their folder."""
+        check_destinations(self.folder / "logs" / "index-0.log")
         for files in self.files:
             check_same_settings(files.load_config(), self.config, files.config_file)
 

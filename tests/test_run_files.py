@@ -1,5 +1,6 @@
 import os
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from incremental_cifar.command_line import status_text
 from incremental_cifar.config import UserError
 from incremental_cifar.resnet import build_network
-from incremental_cifar.run_files import RunFiles, state_bytes, state_digest
+from incremental_cifar.run_files import RunFiles, last_line, state_bytes, state_digest
 from incremental_cifar.safe_files import write_file
 
 
@@ -180,3 +182,50 @@ def test_models_are_plain_contiguous_state_dicts(tmp_path):
     assert list(stored) == list(network.state_dict())
     for name, tensor in network.state_dict().items():
         assert torch.equal(stored[name], tensor) and stored[name].is_contiguous() and stored[name].device.type == "cpu"
+
+
+def test_how_a_run_stands(tmp_path):
+    files = RunFiles(tmp_path, 1)
+    assert files.how_it_stands(1) == ("never started", "")
+    assert files.how_it_stands(1, "7_1, pending (Priority)") == ("queued", "7_1, pending (Priority)")
+    assert files.how_it_stands(1, "7_1, running") == ("running", "starting, 7_1, running")
+    with files.locked():
+        assert files.how_it_stands(1)[1].startswith(f"starting, host {os.uname().nodename}, process {os.getpid()}, since")
+        files.save_progress({"epoch": 3, "num_epochs": 9, "seconds_left": 3725.2, "process": os.getpid()})
+        assert re.match(r"\('running', 'epoch 3 of 9, 1:02:05 left, host ", str(files.how_it_stands(1)))
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "index-10.log").write_text("error: another's\n")
+    (tmp_path / "logs" / "index-0,1.log").write_text("=== started: now\nSIGTERM: stopped after epoch 3\n\n=== stopped by SIGTERM\n")
+    assert files.how_it_stands(1) == ("interrupted", "")
+    (tmp_path / "logs" / "slurm-7_1.out").write_text("slurmstepd: error: *** JOB 7 CANCELLED ***\n")
+    os.utime(tmp_path / "logs" / "index-0,1.log", (0, 0))
+    assert files.how_it_stands(1) == ("failed", f"slurmstepd: error: *** JOB 7 CANCELLED *** ({tmp_path / 'logs' / 'slurm-7_1.out'})")
+    files.mark_finished()
+    assert files.how_it_stands(1, "7_1, pending") == ("finished", "7_1, pending")
+
+
+BAR = b"\rindex 0, task 1/2 (5 classes):   3.1% |          | 00:01, 01:02 left, epoch 2, test accuracy 0.100"
+SEVERAL_BARS = b"\r  0.0% |          | 00:00, ? left\n\r  0.0% |          | 00:00, ? left\x1b[A" + BAR + b"\x1b[A"
+TRACEBACK = b'Traceback (most recent call last):\n  File "x.py", line 1, in <module>\n    f()\n    ^^^\nRuntimeError: CUDA error: no\n'
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "text", "line"),
+    [
+        (-6, b"begin\n" + BAR + b"double free or corruption (!prev)\n", "killed by SIGABRT", "double free or corruption (!prev)"),
+        (134, BAR + b"\nfree(): invalid pointer\n" + SEVERAL_BARS, "exit status 134", "free(): invalid pointer"),
+        (-11, SEVERAL_BARS, "killed by SIGSEGV", ""),
+        (-9, BAR * 1000, "killed by SIGKILL (perhaps memory was full)", ""),
+        (-40, b"", "killed by signal 40", ""),
+        (-15, BAR, "stopped by SIGTERM", ""),
+        (143, b"SIGTERM: stopped after epoch 3\n", "stopped by SIGTERM", "SIGTERM: stopped after epoch 3"),
+        (1, SEVERAL_BARS + b"\n" + TRACEBACK + BAR, "exit status 1", "RuntimeError: CUDA error: no"),
+        (2, b"error: index 0: why\nend\n", "exit status 2", "error: index 0: why"),
+        (0, b"end", "", "end"),
+    ],
+    ids=lambda value: "" if isinstance(value, bytes) else None,
+)
+def test_what_a_process_died_of_is_said_in_words(status, log, text, line, tmp_path):
+    path = tmp_path / "index-0.log"
+    path.write_bytes(b"error: of an attempt before\n\n=== started: now: python\n" + log)
+    assert (status_text(status), last_line(path)) == (text, line)

@@ -1,26 +1,24 @@
 """Sweeps on this machine: what is planned and refused, run, stopped, gone on with, tried again, analysed and shown."""
 
 import functools
-import importlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import traceback
 import types
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, ScriptRun, differing_results, everything_in, tiny_arguments
+from conftest import REPOSITORY, ForkedScript, ScriptRun, differing_results, everything_in, tiny_arguments
 
 import run_sweep
 from incremental_cifar import sweep_local
-from incremental_cifar.command_line import STOP_SIGNALS, run_script, status_text
+from incremental_cifar.command_line import run_script
 from incremental_cifar.config import Config
-from incremental_cifar.run_files import RunFiles, Runs, last_line
+from incremental_cifar.run_files import RunFiles, Runs
 from incremental_cifar.safe_files import lock_holder
 from incremental_cifar.sweep_local import LocalSweep, find_places
 
@@ -28,39 +26,6 @@ BASE, CBP = "base_deep_learning_system", "continual_backpropagation"
 
 
 # --- Sweeps in processes of their own --------------------------------------------------------------------------------------------
-
-
-class ForkedScript:
-    """In place of `subprocess.Popen`: one of our scripts in a fork, which has imported already what takes seconds."""
-
-    def __init__(self, command, stdin, stdout, stderr, env):
-        self.pid = os.fork()
-        if self.pid == 0:
-            status = 1
-            try:
-                for number in (1, 2):
-                    os.dup2(stdout.fileno(), number)
-                os.closerange(3, 256)  # the sweep's locks too
-                sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-                for number in STOP_SIGNALS:
-                    signal.signal(number, signal.SIG_DFL)
-                os.environ.update(env)
-                status = run_script(importlib.import_module(Path(command[1]).stem).main, command[2:])
-            except SystemExit as leaving:
-                status = leaving.code
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-
-    def kill(self):
-        os.kill(self.pid, signal.SIGKILL)
-
-    def send_signal(self, number):
-        os.kill(self.pid, number)
-
-    def wait(self):
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 def as_a_sweep(environment: dict[str, str]) -> None:
@@ -79,7 +44,7 @@ def trained(sweep: ScriptRun) -> list[str]:
 @pytest.fixture
 def sweep(tmp_path, script):
     """Start a sweep of tiny runs: `sweep(arguments)`; what still runs at the end of the test is killed."""
-    yield lambda arguments, **environment: script(arguments, functools.partial(as_a_sweep, environment), "run_sweep")
+    yield lambda arguments, **environment: script(arguments, functools.partial(as_a_sweep, environment), script="run_sweep")
     for path in tmp_path.rglob(".index-*.lock"):
         if match := re.search(r"process (\d+)", lock_holder(path) or ""):
             os.kill(int(match[1]), signal.SIGKILL)
@@ -208,6 +173,21 @@ def test_a_time_limit_without_progress_is_an_error(is_stuck, tmp_path, sweep):
     assert bool(files.checkpoints()) != is_stuck
 
 
+def test_a_limit_during_the_analysis_is_progress_once(tmp_path, sweep):
+    """The first time the run has been finished before it, the second time nothing."""
+    arguments = [*config_files(tmp_path, BASE, num_tasks=1), "--indices", "0", "--pack", "0", "--analyse"]
+    for status in (138, 1):
+        run = sweep(arguments, SECONDS_TO_STOP="1")
+        run.wait_for_output("analyse   ")
+        tasks = Path(f"/proc/{run.process.pid}/task")
+        run.wait_until(lambda tasks=tasks: any(path.read_text() for path in tasks.glob("*/children")))
+        os.kill(int("".join(path.read_text() for path in tasks.glob("*/children"))), signal.SIGSTOP)
+        run.send(signal.SIGUSR1)
+        assert run.wait() == status, run.output()
+    assert sweep(arguments).wait() == 0
+    assert RunFiles(tmp_path / "results" / BASE, 0).how_it_stands(1) == ("analysed", "")
+
+
 def machine_with_gpus(folder: Path, nvidia_smi: str) -> dict[str, str]:
     """The environment on a machine whose nvidia-smi is these lines of shell."""
     write_program(folder / "bin" / "nvidia-smi", nvidia_smi)
@@ -333,6 +313,7 @@ OK = ["--configs", "cfg/base_deep_learning_system.json", "--indices", "0"]
         ([*OK, "--gpus", "7"], '--gpus: no GPU "7"'),
         ([*OK, "--set", "device=cuda"], 'device is "cuda", but there is no GPU here'),
         ([*OK, "--set", "device=cuda:1"], 'device is "cuda:1"; a sweep chooses the GPUs itself'),
+        ([*OK, "--grid", "momentum=0.1,0.2", "--set", "results_dir=/dev/null"], "/dev/null/base_deep_learning_system_momentum=0.1/logs"),
         ([*OK, "--then", "analysis"], "--then: there is no such option any more; it is --analyse now"),
         ([*OK, "--cluster=slurm"], "--cluster: there is no such option any more; it is --slurm now"),
         ([*OK, "--slurm", "--gpus", "0"], "--gpus: these are this machine's"),
@@ -347,7 +328,7 @@ def test_bad_arguments_are_one_line_and_nothing_is_written(arguments, message, t
     monkeypatch.setenv("PATH", str(tmp_path / "nothing-here"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     results = tmp_path / "results"
-    overrides = ["--set", f"results_dir={results}", "dataset=synthetic"] if arguments[:1] == ["--configs"] else []
+    overrides = ["--set", f"results_dir={results}"] if "results_dir" not in str(arguments) and arguments[:1] == ["--configs"] else []
     assert run_script(run_sweep.main, [*arguments, *overrides]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
@@ -380,26 +361,6 @@ def test_an_unreadable_folder_does_not_hide_how_the_others_stand(tmp_path, monke
 # --- Parts -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_how_a_run_stands(tmp_path):
-    files = RunFiles(tmp_path, 1)
-    assert files.how_it_stands(1) == ("never started", "")
-    assert files.how_it_stands(1, "7_1, pending (Priority)") == ("queued", "7_1, pending (Priority)")
-    assert files.how_it_stands(1, "7_1, running") == ("running", "starting, 7_1, running")
-    with files.locked():
-        assert files.how_it_stands(1)[1].startswith(f"starting, host {os.uname().nodename}, process {os.getpid()}, since")
-        files.save_progress({"epoch": 3, "num_epochs": 9, "seconds_left": 3725.2, "process": os.getpid()})
-        assert re.match(r"\('running', 'epoch 3 of 9, 1:02:05 left, host ", str(files.how_it_stands(1)))
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "index-10.log").write_text("error: another's\n")
-    (tmp_path / "logs" / "index-0,1.log").write_text("=== started: now\nSIGTERM: stopped after epoch 3\n\n=== stopped by SIGTERM\n")
-    assert files.how_it_stands(1) == ("interrupted", "")
-    (tmp_path / "logs" / "slurm-7_1.out").write_text("slurmstepd: error: *** JOB 7 CANCELLED ***\n")
-    os.utime(tmp_path / "logs" / "index-0,1.log", (0, 0))
-    assert files.how_it_stands(1) == ("failed", f"slurmstepd: error: *** JOB 7 CANCELLED *** ({tmp_path / 'logs' / 'slurm-7_1.out'})")
-    files.mark_finished()
-    assert files.how_it_stands(1, "7_1, pending") == ("finished", "7_1, pending")
-
-
 def test_a_run_queued_on_slurm_is_left_to_it(tmp_path, monkeypatch, capsys):
     arguments = [*config_files(tmp_path, BASE), "--indices", "0-4"]
     (runs,) = run_sweep.plan(arguments[1:2], [], [], [0])
@@ -426,30 +387,3 @@ def test_failures_are_counted_anew_after_progress(tmp_path, monkeypatch):
     sweep = LocalSweep([runs], {"slot 1": {}}, retries=1, analyse=False, keep="all")
     sweep.work("slot 1")
     assert len(attempts) == 3 and sweep.problems == ["train a index 0: why"]
-
-
-BAR = b"\rindex 0, task 1/2 (5 classes):   3.1% |          | 00:01, 01:02 left, epoch 2, test accuracy 0.100"
-SEVERAL_BARS = b"\r  0.0% |          | 00:00, ? left\n\r  0.0% |          | 00:00, ? left\x1b[A" + BAR + b"\x1b[A"
-TRACEBACK = b'Traceback (most recent call last):\n  File "x.py", line 1, in <module>\n    f()\n    ^^^\nRuntimeError: CUDA error: no\n'
-
-
-@pytest.mark.parametrize(
-    ("status", "log", "text", "line"),
-    [
-        (-6, b"begin\n" + BAR + b"double free or corruption (!prev)\n", "killed by SIGABRT", "double free or corruption (!prev)"),
-        (134, BAR + b"\nfree(): invalid pointer\n" + SEVERAL_BARS, "exit status 134", "free(): invalid pointer"),
-        (-11, SEVERAL_BARS, "killed by SIGSEGV", ""),
-        (-9, BAR * 1000, "killed by SIGKILL (perhaps memory was full)", ""),
-        (-40, b"", "killed by signal 40", ""),
-        (-15, BAR, "stopped by SIGTERM", ""),
-        (143, b"SIGTERM: stopped after epoch 3\n", "stopped by SIGTERM", "SIGTERM: stopped after epoch 3"),
-        (1, SEVERAL_BARS + b"\n" + TRACEBACK + BAR, "exit status 1", "RuntimeError: CUDA error: no"),
-        (2, b"error: index 0: why\nend\n", "exit status 2", "error: index 0: why"),
-        (0, b"end", "", "end"),
-    ],
-    ids=lambda value: "" if isinstance(value, bytes) else None,
-)
-def test_what_a_process_died_of_is_said_in_words(status, log, text, line, tmp_path):
-    path = tmp_path / "index-0.log"
-    path.write_bytes(b"error: of an attempt before\n\n=== started: now: python\n" + log)
-    assert (status_text(status), last_line(path)) == (text, line)

