@@ -20,7 +20,7 @@ from pathlib import Path
 
 from incremental_cifar.command_line import OneLineArgumentParser, parse_indices, run_script, warn
 from incremental_cifar.config import FIELDS, MOST_RUNS_PER_GPU, REPOSITORY, UserError, differing_keys, grid_points, load_config, make_config
-from incremental_cifar.run_files import Runs
+from incremental_cifar.run_files import Runs, how_it_stands
 from incremental_cifar.sweep_local import LocalSweep, find_places
 from incremental_cifar.sweep_slurm import parse_options, queued_runs, submit
 
@@ -164,7 +164,7 @@ def show_status(experiments: Sequence[Runs], queue: Mapping[tuple[Path, int], st
     width = max(len(runs.folder.name) for runs in experiments)
     for runs in experiments:
         for files in runs.files:
-            state, note = files.how_it_stands(runs.config.num_tasks, queue.get((runs.folder, files.index), ""))
+            state, note = how_it_stands(files, runs.config.num_tasks, queue.get((runs.folder, files.index), ""))
             states[state] += 1
             print(f"{runs.folder.name:{width}} {files.index:5}  {state:13} {note}".rstrip())
     print(", ".join(f"{number} {state}" for state, number in states.items()))

@@ -228,30 +228,6 @@ class RunFiles:
         """What the run last said about itself (see `report_progress` of the experiment); empty if that cannot be read."""
         return read_note(self.progress_file)
 
-    def how_it_stands(self, num_tasks: int, job: str = "") -> tuple[str, str]:
-        """This run's state, and what there is to say of it. job: its job on Slurm and the state of that, if there is one."""
-        try:
-            is_finished = self.index in self.finished_indices()
-        except UserError as error:
-            return "unknown", str(error)
-        holder, said, checkpoints = lock_holder(self.lock_file), self.load_progress(), self.checkpoints()
-        if is_finished:
-            return ("analysed", "") if self.is_analysed(num_tasks) else ("finished", holder or job)
-        if holder and f"process {said.get('process')}," in holder:
-            seconds = said.get("seconds_left")
-            left = "" if seconds is None else f"{datetime.timedelta(seconds=round(seconds))} left, "
-            return "running", f"epoch {said.get('epoch')} of {said.get('num_epochs')}, {left}{holder}"
-        if holder or ", running" in job:
-            return "running", f"starting, {holder or job}"
-        if job:
-            return "queued", job
-        name = re.compile(rf"index-(\d+,)*{self.index}(,\d+)*\.log|slurm-\d+_{self.index}\.out")
-        logs = sorted((path for path in self.folder.glob("logs/*") if name.fullmatch(path.name)), key=lambda path: path.stat().st_mtime)
-        line = last_line(logs[-1], self.index) if logs else ""
-        if re.search("error: |exit status|killed by", line):
-            return "failed", f"{line} ({logs[-1]})"
-        return ("interrupted", f"after epoch {checkpoints[-1][0]}") if checkpoints else ("interrupted" if line else "never started", "")
-
     # --- one run, one process ---
 
     @property
@@ -372,6 +348,31 @@ class Runs(NamedTuple):
     def progress(self) -> list[object]:
         """What is another after one of them has come further: a checkpoint, its end, its analysis."""
         return [self.unfinished(), self.unanalysed(), *(files.checkpoints() for files in self.files)]
+
+
+def how_it_stands(files: RunFiles, num_tasks: int, job: str = "") -> tuple[str, str]:
+    """A run's state, and what there is to say of it. job: its job on Slurm and the state of that, if there is one."""
+    try:
+        is_finished = files.index in files.finished_indices()
+    except UserError as error:
+        return "unknown", str(error)
+    holder, said, checkpoints = lock_holder(files.lock_file), files.load_progress(), files.checkpoints()
+    if is_finished:
+        return ("analysed", "") if files.is_analysed(num_tasks) else ("finished", holder or job)
+    if holder and f"process {said.get('process')}," in holder:
+        seconds = said.get("seconds_left")
+        left = "" if seconds is None else f"{datetime.timedelta(seconds=round(seconds))} left, "
+        return "running", f"epoch {said.get('epoch')} of {said.get('num_epochs')}, {left}{holder}"
+    if holder or ", running" in job:
+        return "running", f"starting, {holder or job}"
+    if job:
+        return "queued", job
+    name = re.compile(rf"index-(\d+,)*{files.index}(,\d+)*\.log|slurm-\d+_{files.index}\.out")
+    logs = sorted((path for path in files.folder.glob("logs/*") if name.fullmatch(path.name)), key=lambda path: path.stat().st_mtime)
+    line = last_line(logs[-1], files.index) if logs else ""
+    if re.search("error: |exit status|killed by", line):
+        return "failed", f"{line} ({logs[-1]})"
+    return ("interrupted", f"after epoch {checkpoints[-1][0]}") if checkpoints else ("interrupted" if line else "never started", "")
 
 
 # A state of a run's progress bar. What another library writes begins right behind it.

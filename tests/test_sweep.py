@@ -18,7 +18,7 @@ import run_sweep
 from incremental_cifar import sweep_local
 from incremental_cifar.command_line import run_script
 from incremental_cifar.config import Config
-from incremental_cifar.run_files import RunFiles, Runs
+from incremental_cifar.run_files import RunFiles, Runs, how_it_stands
 from incremental_cifar.safe_files import lock_holder
 from incremental_cifar.sweep_local import LocalSweep, find_places
 
@@ -94,7 +94,7 @@ def test_a_stopped_sweep_and_the_same_command_again(to_all, signals, tmp_path, s
     assert first.wait() == 128 + signals[0], first.output()
     assert sorted(trained(first)) == [f"{BASE} index 0", f"{CBP} index 0"]
     assert first.output().count("with a checkpoint; the same command resumes") == 2
-    assert all(files.how_it_stands(3)[0] == "interrupted" and files.checkpoints() for files in runs)
+    assert all(how_it_stands(files, 3)[0] == "interrupted" and files.checkpoints() for files in runs)
 
     second = sweep(arguments)
     assert second.wait() == 0, second.output()
@@ -185,7 +185,7 @@ def test_a_limit_during_the_analysis_is_progress_once(tmp_path, sweep):
         run.send(signal.SIGUSR1)
         assert run.wait() == status, run.output()
     assert sweep(arguments).wait() == 0
-    assert RunFiles(tmp_path / "results" / BASE, 0).how_it_stands(1) == ("analysed", "")
+    assert how_it_stands(RunFiles(tmp_path / "results" / BASE, 0), 1) == ("analysed", "")
 
 
 def machine_with_gpus(folder: Path, nvidia_smi: str) -> dict[str, str]:
