@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PACKAGES = ("slurm-wlm", "munge")
@@ -376,6 +376,39 @@ def main() -> int:
         print(f"slurm_cluster: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+PATIENCE = 300  # seconds, of which a machine that is not busy needs a tenth
+
+
+def wait_until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+# In place of squeue: if FAKE_SECONDS is set, every job says that its time ends in so many seconds.
+SQUEUE = """#!/bin/sh
+case "$FAKE_SECONDS $*" in [0-9]*%e*) date -d "+$FAKE_SECONDS seconds" +%FT%T;; *) exec {squeue} "$@";; esac
+"""
+
+
+@contextlib.contextmanager
+def shell(folder: Path) -> Iterator[Callable[..., str]]:
+    """A cluster in this folder, as a function that runs a command there and returns what it prints, errors last."""
+    (folder / "squeue").write_text(SQUEUE.format(squeue=shutil.which("squeue")))
+    (folder / "squeue").chmod(0o755)
+    with cluster(folder / "cluster", cpus=16) as variables:
+        environment = os.environ | variables | {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+        def run(*command: object, status: int = 0) -> str:
+            words = [*map(str, command)]
+            completed = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+            assert completed.returncode == status, completed.stdout + completed.stderr
+            return (completed.stdout + completed.stderr).strip()
+
+        yield run
 
 
 if __name__ == "__main__":

@@ -3,17 +3,13 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, STRESS, TINY, TINY_ALGORITHM, differing_results, stress_counts
-from slurm_cluster import cluster, why_unavailable
+from slurm_cluster import PATIENCE, shell, wait_until, why_unavailable
 
 from incremental_cifar.run_files import RunFiles
 from incremental_cifar.safe_files import lock_holder
@@ -22,37 +18,12 @@ reason = why_unavailable()
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
 
 BASE, CBP, DIVERGING = "base_deep_learning_system", "continual_backpropagation", "diverging"
-PATIENCE = 300  # seconds, of which a machine that is not busy needs a tenth
-
-
-def wait_until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-
-
-# In place of squeue: if FAKE_SECONDS is set, every job says that its time ends in so many seconds.
-SQUEUE = """#!/bin/sh
-case "$FAKE_SECONDS $*" in [0-9]*%e*) date -d "+$FAKE_SECONDS seconds" +%FT%T;; *) exec {squeue} "$@";; esac
-"""
 
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
     """A cluster for all tests of this file, as a function that runs a command there and returns what it prints, errors last."""
-    folder = tmp_path_factory.mktemp("slurm")
-    (folder / "squeue").write_text(SQUEUE.format(squeue=shutil.which("squeue")))
-    (folder / "squeue").chmod(0o755)
-    with cluster(folder / "cluster", cpus=16) as variables:
-        environment = os.environ | variables | {"PATH": f"{folder}:{os.environ['PATH']}"}
-
-        def run(*command: object, status: int = 0) -> str:
-            words = [*map(str, command)]
-            completed = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-            assert completed.returncode == status, completed.stdout + completed.stderr
-            return (completed.stdout + completed.stderr).strip()
-
+    with shell(tmp_path_factory.mktemp("slurm")) as run:
         yield run
 
 
