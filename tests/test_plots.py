@@ -336,6 +336,10 @@ FOUND_METRICS = {
     "validation_accuracy_per_epoch": ("Validation accuracy (%)", [30, 40, 0], 0),
     "cosine_analysis": ("Cosine", [-3, -1, -2], -np.inf),
     "distance_{units}_analysis": ("distance_{units}", [3, 1, 2], 0),
+    "dormant_units_reset_per_epoch": ("Dormant units reset per epoch", [2, 3, 0], 0),
+    "plasticity_loss_of_units_per_epoch": ("Plasticity loss of units per epoch", [2, 3, 0], 0),
+    "inaccuracy_per_epoch": ("Inaccuracy per epoch", [2, 3, 0], 0),
+    "accuracy_of_the_bound_analysis": ("Accuracy of the bound", [3, 1, 2], 0),
 }
 
 
@@ -354,6 +358,23 @@ def test_any_metric_of_a_run_is_found_and_drawn(results, draw, metric):
     assert axes.get_ylabel() == label and least <= axes.get_ylim()[0] <= min(expected)
     assert axes.get_title(loc="left") == ("Images of the next task's classes" if metric.startswith("next_task") else "")
     assert_texts_have_room(figure)
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [("my_norm_per_epoch", [1, np.nan, 6]), ("my_loss_per_epoch", [1, np.nan, np.nan]), ("my_accuracy_per_epoch", [100, np.nan, np.nan])],
+)
+def test_gaps_in_a_metric_of_ones_own_are_gaps(results, draw, metric, expected):
+    """Of a task, accuracies and losses count where every epoch is there, and means over those that are."""
+    values = np.array([1, 1, np.nan, np.nan, np.nan, 6 if "norm" in metric else 1])
+    store(results, BASE, 0, SMALL, **{metric: values})
+    figure, out = draw(metric)
+    assert line_values(lines_of(figure)["Base deep learning system (1 run)"]) == ([4, 8, 12], expected)
+    assert f"index 0 has only {np.isfinite(expected).sum()} of 3 tasks" in out
+    figure, out = draw(metric, "--per-epoch")
+    drawn = lines_of(figure)["Base deep learning system (1 run)"]
+    assert line_values(drawn) == ([*range(1, 7)], list(values * (100 if "accuracy" in metric else 1)))
+    assert "index 0 has only 3 of 6 epochs" in out and drawn.get_markevery() == [5]  # a point that no line would show
 
 
 def test_a_long_name_of_a_metric_is_written_in_lines_that_fit(results, draw):
