@@ -844,6 +844,26 @@ def test_gaps_to_the_retrained_network_by_hand(results, tmp_path, capsys):
     assert " ".join(cells[1].replace("|", "").split()) in [" ".join(line.split()) for line in out.splitlines()]
 
 
+def test_folders_that_are_not_the_papers_leave_the_comparison_alone(results, tmp_path, capsys):
+    """Without a retrained network they are not read; with it, those that cannot be used are named, and a | in a name is no column."""
+    papers_runs(results, num_runs=2, algorithms=[BASE])
+    store(results, "a|b", 0, test_accuracy_per_epoch=[0.5] * 4000)
+    (results / "scratch" / ACCURACY).mkdir(parents=True)
+    np.save(results / "scratch" / ACCURACY / "index-0.npy", np.full(3000, 0.5))
+    arguments = "--results_dir", results, "--output-dir", tmp_path
+    status, alone, _ = run(compare_with_paper, capsys, *arguments)
+    assert status == 0 and "scratch" not in alone and "gap to" not in alone
+    papers_runs(results, num_runs=2, algorithms=[RETRAINED])
+    status, out, _ = run(compare_with_paper, capsys, *arguments)
+    note = "gap to the retrained network: scratch left out, scratch/test_accuracy_per_epoch/index-0.npy: holds 3,000 values"
+    text = (tmp_path / "comparison_with_paper.md").read_text()
+    assert status == 0 and f"Note: {note}" in out and f"- {note}" in text
+    table = text[text.index("| gap to") :].partition("\n\n")[0].replace("a\\|b", "").splitlines()
+    assert len(table) == 4 and {row.count("|") for row in table} == {9}
+    np.save(results / RETRAINED / ACCURACY / "index-0.npy", np.full(4001, 0.5))
+    assert_one_line(*run(compare_with_paper, capsys, *arguments), f"{RETRAINED}/{ACCURACY}/index-0.npy: holds 4001 values")
+
+
 def test_gaps_of_the_papers_own_curves_are_its(results, tmp_path, capsys):
     papers_runs(results, num_runs=2)
     gaps, _ = compare_with_paper.gaps_to_retrained(results)
