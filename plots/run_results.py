@@ -265,10 +265,10 @@ def algorithm_folders(results_dir: Path) -> list[str]:
     return folders
 
 
-def find_metrics(results_dir: Path) -> list[str]:
-    """The names of all metrics that can be drawn of what is there: the released script's first, in its order, then others, sorted.
+def find_metrics(results_dir: Path) -> dict[str, list[str]]:
+    """All metrics that can be drawn of what is there, and the algorithms that have them, sorted.
 
-    Raises UserError if a folder cannot be read.
+    The released script's metrics are first, in its order, then others, sorted. Raises UserError if a folder cannot be read.
     """
     having: dict[str, list[str]] = {}
     for algorithm in algorithm_folders(results_dir):
@@ -278,7 +278,7 @@ def find_metrics(results_dir: Path) -> list[str]:
     with_accuracy = having.get(TEST_ACCURACY, [])
     if RETRAINED in with_accuracy and len(with_accuracy) > 1:
         having[RELATIVE] = with_accuracy
-    return [*(name for name in METRICS if name in having), *sorted(having.keys() - METRICS.keys())]
+    return {name: having[name] for name in (*METRICS, *sorted(having.keys() - METRICS.keys())) if name in having}
 
 
 def algorithm_names(text: str) -> list[str]:
