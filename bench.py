@@ -391,6 +391,7 @@ def check_released(checkout: Path) -> None:
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns line up in a terminal too; numbers to the right."""
+    header, *rows = ([cell.replace("|", "\\|") for cell in row] for row in (header, *rows))
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ metrics, float32, a value per task, NaN where a model is not there (yet):
     {next_task,previous_tasks}_effective_rank_analysis/index-K.npy            of the last hidden layer (512 units); as above
     {next_task,previous_tasks}_stable_rank_analysis/index-K.npy               likewise
     average_online_accuracy_analysis/index-K.npy                              mean training accuracy over the task's steps; of no model, but
-                                                                              of train_accuracy_per_checkpoint: NaN where that is not there
+                                                                              of train_accuracy_per_checkpoint: NaN without that
     accuracy_per_class_in_order/index-K.npy                                   of the final network: a fraction per class, in class order
     analysis_settings/index-K.json                                            with which settings, from which models (SHA-256); written last
 
@@ -79,6 +79,7 @@ UNIT_METRICS = {
 TASK_METRICS = (WEIGHT_MAGNITUDE, DISTANCE, *GRADIENT_METRICS, *UNIT_METRICS["next_task"], *UNIT_METRICS["previous_tasks"])  # of a model
 ONLINE_ACCURACY = "average_online_accuracy_analysis"
 ACCURACY_PER_CLASS = "accuracy_per_class_in_order"
+ANALYSIS_KEYS = ("dormant_unit_threshold", "batch_norm", "images")  # of the settings, those that are not the run's own
 
 
 class Run(NamedTuple):
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = [missing_tasks(run, stored) for run, stored in zip(runs, results, strict=True)]
     is_changed = [bool(tasks) for tasks in missing]
     for number, (run, stored) in enumerate(zip(runs, results, strict=True)):
-        accuracies = online_accuracies(run)
+        accuracies = online_accuracies(run, stored[ONLINE_ACCURACY])
         is_changed[number] |= not np.array_equal(accuracies, stored[ONLINE_ACCURACY], equal_nan=True)
         stored[ONLINE_ACCURACY] = accuracies
         if is_changed[number]:
@@ -525,7 +526,7 @@ def load_results(run: Run, overwrite: bool) -> dict[str, np.ndarray]:
     has_initial = 0 in run.tasks_here
     kept_by_metric = {
         DISTANCE: (is_kept if has_initial else is_same)[:num_tasks] & is_same[0],
-        ONLINE_ACCURACY: True,
+        ONLINE_ACCURACY: bool(load_digests(run.files, run.settings, but=ANALYSIS_KEYS)),  # of no model: see `online_accuracies`
         ACCURACY_PER_CLASS: is_kept[num_tasks],
     }
     for metric, array in results.items():
@@ -536,14 +537,14 @@ def load_results(run: Run, overwrite: bool) -> dict[str, np.ndarray]:
     return results
 
 
-def load_digests(files: RunFiles, settings: dict[str, Any]) -> list[str | None]:
-    """SHA-256 of the models that the stored results were computed from; none if that was with other settings."""
+def load_digests(files: RunFiles, settings: dict[str, Any], but: Sequence[str] = ()) -> list[str | None]:
+    """SHA-256 of the models that the stored results were computed from; none if that was with other settings, `but` these."""
     try:
         stored = json.loads(_file(settings_file(files)).read_text(encoding="utf-8"))
         digests = list(stored.pop("model_sha256"))
+        return digests if stored | {key: settings[key] for key in but} == settings else []
     except Exception:  # not there, or damaged in one of many ways
         return []
-    return digests if stored == settings else []
 
 
 def _file(path: Path) -> Path:
@@ -565,12 +566,12 @@ def missing_tasks(run: Run, results: dict[str, np.ndarray]) -> list[int]:
     return [task for task in run.tasks_here if is_missing[task]]
 
 
-def online_accuracies(run: Run) -> np.ndarray:
+def online_accuracies(run: Run, stored: np.ndarray) -> np.ndarray:
     """Mean training accuracy over each task's steps, from the means over 25 steps that the run stored: (num_tasks,) float32.
 
     A window that reaches over a task's border counts in both tasks, with as many steps as it has in each. Steps after the run's last
-    window, which are stored nowhere, do not count. NaN for tasks that the windows do not cover (yet), and where there are none; a warning
-    says so if what is there cannot be a curve of this run.
+    window, which are stored nowhere, do not count. NaN for tasks that the windows do not cover (yet). Where there are none, or what is
+    there cannot be a curve of this run, a warning says so, and the accuracies are those of an earlier analysis. stored: these, or NaN.
     """
     path, sizes = run.files.array_file("train_accuracy_per_checkpoint"), run.sizes
     accuracies = np.full(sizes.num_tasks, np.nan, dtype=np.float32)
@@ -580,14 +581,12 @@ def online_accuracies(run: Run) -> np.ndarray:
         windows = np.load(_file(path), allow_pickle=False).astype(np.float64)
         if windows.ndim != 1 or len(windows) > num_windows:
             raise ValueError
-    except FileNotFoundError:
-        return accuracies
-    except Exception:  # np.load raises many kinds, depending on where a file is damaged
-        warn(
-            f"{path}: not training accuracies of this run, of which there are {num_windows} at most; index {run.files.index} is analysed "
-            "without its average online accuracy"
-        )
-        return accuracies
+    except Exception as error:  # np.load raises many kinds, depending on where a file is damaged
+        is_gone = isinstance(error, FileNotFoundError)
+        reason = "there is no such file" if is_gone else f"not training accuracies of this run, of which there are {num_windows} at most"
+        outcome = "is analysed without its" if np.isnan(stored).all() else "keeps its earlier"
+        warn(f"{path}: {reason}; index {run.files.index} {outcome} average online accuracy")
+        return stored
     steps = np.repeat(windows, STEPS_PER_WINDOW)
     borders[-1] = num_windows * STEPS_PER_WINDOW
     for task, (start, stop) in enumerate(itertools.pairwise(borders)):

@@ -225,7 +225,7 @@ class RunFiles:
         write_note(self.progress_file, progress)
 
     def load_progress(self) -> dict[str, Any]:
-        """What the run last said about itself (see `report_progress` of the experiment); empty if that cannot be read."""
+        """What the run last said about itself (see `Progress.report`); empty if that cannot be read."""
         return read_note(self.progress_file)
 
     # --- one run, one process ---

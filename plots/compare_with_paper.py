@@ -38,7 +38,7 @@ import numpy as np
 from scipy.stats import false_discovery_control, ttest_ind_from_stats
 
 from incremental_cifar.command_line import OneLineArgumentParser, run_script
-from incremental_cifar.config import Config
+from incremental_cifar.config import Config, UserError
 from incremental_cifar.safe_files import check_destinations, write_file
 from plots.drawing import (
     FULL_WIDTH,
@@ -61,15 +61,18 @@ from plots.run_results import (
     PUBLISHED,
     RELATIVE,
     RETRAINED,
+    TEST_ACCURACY,
     AnalysisSettings,
     Curve,
     Run,
     add_output_argument,
     add_results_argument,
+    algorithm_folders,
     algorithm_label,
     analysis_text,
     flattened,
     indices_text,
+    legible,
     make_curves,
     mean_and_standard_error,
     metric_of,
@@ -154,10 +157,19 @@ def compare(results_dir: Path, published: dict[tuple[str, str], PublishedCurve])
 def gaps_to_retrained(results_dir: Path) -> tuple[list[Gap], list[str]]:
     """The gap of every algorithm that has one, of complete runs of the paper's problem, and remarks on those that are left out.
 
-    Raises UserError for files that cannot be used.
+    Files of other folders than the paper's that cannot be used leave these out, too. Raises UserError for files of the paper's.
     """
     metric = metric_of(RELATIVE)
-    runs, remarks = only_the_papers(read_runs(results_dir, metric))
+    found, unusable = read_runs(results_dir, metric, list(ALGORITHM_LABELS)), []
+    if RETRAINED not in found:
+        return [], []
+    for name in algorithm_folders(results_dir):
+        try:
+            found |= {} if name in found else read_runs(results_dir, metric_of(TEST_ACCURACY), [name])
+        except UserError as error:
+            unusable.append(f"gap to the retrained network: {name} left out, {str(error).replace(f'{results_dir}/', '')}")
+    runs, remarks = only_the_papers(found)
+    remarks += unusable
     gaps = []
     for curve in make_curves(runs, metric).curves:
         is_complete = np.isfinite(curve.values).all(axis=1) & (len(curve.positions) == Config().num_tasks)
@@ -355,7 +367,7 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rules = ["---" if number < NUM_TEXT_COLUMNS else "---:" for number in range(len(columns))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, rules, *rows))
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (columns, rules, *rows))
 
 
 EXPLANATION = """\
@@ -493,7 +505,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     remarks = list(dict.fromkeys([*remarks, *more_remarks]))
     if points:
         with rc_context(STYLE):
-            figure = draw_differences(points, [LEGEND, *(f"{remark}." for remark in remarks)])
+            figure = draw_differences(points, [LEGEND, *(legible(f"{remark}.") for remark in remarks)])
         table_path, *figure_paths = output_paths(parsed.output_dir)
         write_file(table_path, markdown(points, gap_table, remarks).encode())
         write_figure(figure, *figure_paths)

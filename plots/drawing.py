@@ -61,6 +61,8 @@ COLOURS = {
 # colours in normal, red-blind and green-blind vision (CIELAB distance 12 or more, simulated after Machado).
 FURTHER_COLOURS = ("#000000", "#56b4e9", "#332288", "#882255", "#ee99aa", "#8c564b", "#0000ff", "#ddcc77")
 
+DARKER = {"#ddcc77": "#8a7a20", "#ee99aa": "#c05a74"}  # for names, which would be hardly legible on white
+
 GREY = "#555555"
 NOTE_SIZE = 5.5  # points
 LINE_WIDTH = 1.2
@@ -257,7 +259,7 @@ def published_handle() -> Line2D:
 
 
 def label_ends(axes: Axes, named: Sequence[tuple[str, Line2D]], size: float = 6.0) -> None:
-    """Write each name right of the axes, in its line's colour: level with the line's end, or as near as the other names allow.
+    """Write each name right of the axes, in its line's colour, or DARKER: level with the line's end, or as near as the other names allow.
 
     A dotted pointer leads from the end to the name. Names are in the order of the ends, so that pointers of complete curves do not cross.
     The limits and the height of the axes must be final; their width may change.
@@ -276,7 +278,7 @@ def label_ends(axes: Axes, named: Sequence[tuple[str, Line2D]], size: float = 6.
             point,
             xytext=(1, 0),
             textcoords=beside,
-            color=line.get_color(),
+            color=DARKER.get(line.get_color(), line.get_color()),
             fontsize=size,
             va="center",
             linespacing=0.95,

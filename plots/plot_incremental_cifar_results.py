@@ -3,7 +3,8 @@
     python plots/plot_incremental_cifar_results.py --metric test_accuracy_per_epoch --published
 
 Reads <results_dir>/<algorithm>/<metric>/index-K.npy, of any folder *_per_epoch or *_analysis, and writes plots/<metric>.svg, or `--output`.
-Per task, the best of its epochs counts (losses: the least; counts and whatever else: the mean); `--per-epoch` draws every epoch.
+Per task, the best of its epochs counts (losses: the least; counts and whatever else: the mean of those that have a value); `--per-epoch`
+draws every epoch.
 `plots/run_results.py` says which task is drawn where, and what a folder's name says about its values.
 """
 

@@ -4,7 +4,7 @@
 
 Writes paper_figure and test_accuracy_figure, each as .png and .svg, beside this script or to `--output-dir`. Curves are means over runs,
 bands +- 1 standard error, and names are written at the curves' ends. Without `--algorithms` they are the paper's. What is not there yet is
-left out, and said so. As in the paper, the retrained network has no curve of dormant units and rank.
+left out, and said so; an empty panel says why. As in the paper, the retrained network has no curve of dormant units and rank.
 """
 
 import argparse
@@ -46,12 +46,14 @@ from plots.run_results import (
     RETRAINED,
     TEST_ACCURACY,
     MetricCurves,
+    Run,
     add_output_argument,
     add_results_argument,
     algorithm_folders,
     algorithm_label,
     algorithm_names,
     axis_text,
+    flattened,
     make_curves,
     metric_of,
     read_runs,
@@ -63,15 +65,15 @@ STEMS = ("paper_figure", "test_accuracy_figure")
 LINE_HEIGHT = 0.105  # inches that a line of a name takes
 
 
-def draw_three_panels(panels: dict[str, MetricCurves], notes: Sequence[str] = ()) -> Figure:
-    """Three panels side by side at full page width; a panel without a curve says so. panels: metric to what is there."""
+def draw_three_panels(panels: dict[str, MetricCurves], empty: dict[str, str], notes: Sequence[str] = ()) -> Figure:
+    """Three panels side by side at full page width. panels: metric to what is there. empty: metric to what a panel without a curve says."""
     bottom, margin, gap = 0.42, 0.05, 0.1  # inches
     height = max(1.85, *map(names_height, panels.values()))
     note_lines = wrapped(notes, FULL_WIDTH - 0.2)
     foot = notes_height(note_lines)
     figure = new_figure(FULL_WIDTH, foot + bottom + height + 0.25)
     for name in PANELS:
-        draw_panel(add_axes(figure, 1, foot + bottom, 1, height), name, panels[name])
+        draw_panel(add_axes(figure, 1, foot + bottom, 1, height), name, panels[name], empty[name])
     rooms = [room_beside(axes) for axes in figure.axes]
     width = (FULL_WIDTH - 2 * margin - 2 * gap - sum(map(sum, rooms))) / len(PANELS)
     x = margin
@@ -113,14 +115,14 @@ def names_height(shown: MetricCurves) -> float:
     return LINE_HEIGHT * sum(name.count("\n") + 1 for name in names)
 
 
-def draw_panel(axes: Axes, name: str, shown: MetricCurves) -> None:
-    """Draw one metric, with the algorithms' names at their curves' ends."""
+def draw_panel(axes: Axes, name: str, shown: MetricCurves, empty: str = "") -> None:
+    """Draw one metric, with the algorithms' names at their curves' ends. empty: written where there is no curve."""
     metric = metric_of(name)
     axes.set_ylabel(axis_text(metric, shown.num_units))
     if not shown.curves:
         axes.set_xlabel("Number of classes")
         axes.set(xticks=[], yticks=[])
-        axes.text(0.5, 0.5, "No runs yet", transform=axes.transAxes, ha="center", va="center", color="#7f7f7f")
+        axes.text(0.5, 0.5, empty, transform=axes.transAxes, ha="center", va="center", color="#7f7f7f")
         return
     drawn = draw_curves(axes, shown.curves, strokes(curve.algorithm for curve in shown.curves))
     named = [(short_name(curve.algorithm), line) for curve, line in zip(shown.curves, drawn, strict=True)]
@@ -132,6 +134,16 @@ def draw_panel(axes: Axes, name: str, shown: MetricCurves) -> None:
     limit_to_possible_values(axes, metric)
     axes.locator_params(axis="y", nbins=6)
     label_ends(axes, named)
+
+
+def why_empty(name: str, runs: dict[str, list[Run]]) -> str:
+    """What a panel says if it has no curve, but another has one. runs: all that have its metric."""
+    indices, retrained = ({run.index for run in flattened(runs) if (run.algorithm == RETRAINED) == is_retrained} for is_retrained in (0, 1))
+    if not indices:
+        return "No test\naccuracies yet" if name == RELATIVE else "Not analysed yet"
+    if name == RELATIVE and indices.isdisjoint(retrained):
+        return "No retrained\nnetwork" + " of\nthese indices" * bool(retrained)
+    return "No complete task yet"
 
 
 def panel_remarks(panels: dict[str, MetricCurves]) -> list[str]:
@@ -177,12 +189,12 @@ def figure_paths(folder: Path, stem: str) -> list[Path]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     chosen = parsed.algorithms or list(ALGORITHM_LABELS)
-    panels, gaps, found = {}, [], set()
+    panels, empty, gaps, found = {}, {}, [], set()
     for name in (*PANELS, TEST_ACCURACY):
         metric = metric_of(name)
         algorithms = [algorithm for algorithm in chosen if metric.per_epoch or algorithm != RETRAINED]
         runs = read_runs(parsed.results_dir, metric, algorithms)
-        panels[name] = make_curves(runs, metric)
+        panels[name], empty[name] = make_curves(runs, metric), why_empty(name, runs)
         found |= runs.keys()
         if missing := [algorithm for algorithm in algorithms if algorithm not in runs]:
             gaps.append(f"{name}: no runs of {', '.join(missing)}")
@@ -201,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures = {}
     with rc_context(STYLE):
         if has_panels:
-            figures[STEMS[0]] = draw_three_panels(panels, [count_note(*panels.values()), *notes[0]])
+            figures[STEMS[0]] = draw_three_panels(panels, empty, [count_note(*panels.values()), *notes[0]])
         if accuracy.curves:
             figures[STEMS[1]] = draw_test_accuracy(accuracy, [count_note(accuracy), *notes[1]])
     for stem, figure in figures.items():

@@ -62,6 +62,7 @@ class Metric(NamedTuple):
 
 RELATIVE, TEST_ACCURACY = "relative_accuracy_per_epoch", "test_accuracy_per_epoch"
 METRIC_ENDINGS = ("_per_epoch", "_analysis")  # of the folders that can be drawn
+WITHOUT_GAPS = [f"{images}_{what}_per_epoch" for images in ("test", "validation") for what in ("accuracy", "loss")]  # of any run
 # The paper's metrics, and their names in published_curves.csv.
 PUBLISHED = {
     RELATIVE: "relative_accuracy",
@@ -71,7 +72,7 @@ PUBLISHED = {
 }
 IMAGES = {"next_task_": "Images of the next task's classes", "previous_tasks_": "Images of the previous tasks' classes"}
 RANKS = ("effective_rank", "stable_rank")
-FRACTIONS = ("accuracy", "dormant_units", "zero_gradients")  # in a name: its values are fractions
+FRACTIONS = ("dormant_units", "zero_gradients")  # and whatever ends in accuracy
 # Where a name alone would not say what it is.
 METRIC_LABELS = {
     "weight_magnitude": "Mean weight magnitude",
@@ -87,10 +88,17 @@ def as_text(name: str) -> str:
     return name.replace("_", " ").capitalize() if re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) else name
 
 
+def mean_of_those_there(values: np.ndarray, axis: int) -> np.ndarray:
+    """Mean along an axis of the values that are not NaN; NaN if there are none."""
+    count = (~np.isnan(values)).sum(axis=axis)
+    return np.nansum(values, axis=axis) / np.where(count, count, np.nan)
+
+
 def metric_of(name: str) -> Metric:
     """What a folder of a run holds and how it is drawn, by its name; RELATIVE is what the released script calls test accuracies so drawn.
 
-    Of a task's epochs the highest accuracy counts, the lowest loss, and of anything else, as of units that were reset, the mean.
+    Of a task's epochs the highest of a name that ends in accuracy counts, the lowest of one that ends in loss, and of anything else, as of
+    units that were reset, the mean of those that have a value.
     """
     if name == RELATIVE:
         label = "Accuracy relative to retrained\nnetwork (percentage points)"
@@ -98,9 +106,10 @@ def metric_of(name: str) -> Metric:
     per_epoch = name.endswith("_per_epoch")
     which = next((start for start in IMAGES if name.startswith(start)), "")
     stem = name.removeprefix(which).removesuffix("_per_epoch").removesuffix("_analysis")
-    kind = "rank" if stem in RANKS else "fraction" if any(word in stem for word in FRACTIONS) else "plain"
-    best = np.max if "accuracy" in stem else np.min if "loss" in stem else np.mean
-    unit = {"fraction": " (%)", "rank": " (% of {units})", "plain": " per epoch" if per_epoch and best is np.mean else ""}[kind]
+    is_accuracy, is_loss = (re.search(rf"(^|_){word}$", stem) for word in ("accuracy", "loss"))
+    kind = "rank" if stem in RANKS else "fraction" if is_accuracy or stem in FRACTIONS else "plain"
+    best = np.max if is_accuracy else np.min if is_loss else mean_of_those_there
+    unit = {"fraction": " (%)", "rank": " (% of {units})", "plain": "" if is_loss or not per_epoch else " per epoch"}[kind]
     label = METRIC_LABELS.get(stem, as_text(stem)) + unit
     has_first_task = which != "previous_tasks_"
     return Metric(
@@ -256,10 +265,10 @@ def algorithm_folders(results_dir: Path) -> list[str]:
     return folders
 
 
-def find_metrics(results_dir: Path) -> list[str]:
-    """The names of all metrics that can be drawn of what is there: the released script's first, in its order, then others, sorted.
+def find_metrics(results_dir: Path) -> dict[str, list[str]]:
+    """All metrics that can be drawn of what is there, and the algorithms that have them, sorted.
 
-    Raises UserError if a folder cannot be read.
+    The released script's metrics are first, in its order, then others, sorted. Raises UserError if a folder cannot be read.
     """
     having: dict[str, list[str]] = {}
     for algorithm in algorithm_folders(results_dir):
@@ -269,7 +278,7 @@ def find_metrics(results_dir: Path) -> list[str]:
     with_accuracy = having.get(TEST_ACCURACY, [])
     if RETRAINED in with_accuracy and len(with_accuracy) > 1:
         having[RELATIVE] = with_accuracy
-    return [*(name for name in METRICS if name in having), *sorted(having.keys() - METRICS.keys())]
+    return {name: having[name] for name in (*METRICS, *sorted(having.keys() - METRICS.keys())) if name in having}
 
 
 def algorithm_names(text: str) -> list[str]:
@@ -324,7 +333,7 @@ def _read_run(results_dir: Path, algorithm: str, index: int, metric: Metric) -> 
             "are; copy it too"
         )
     missing = np.flatnonzero(np.diff(np.isnan(values), prepend=True) & np.isnan(values))
-    if metric.per_epoch and len(missing):  # not those before the first value: they are of epochs in which the run did not measure it yet
+    if metric.folder in WITHOUT_GAPS and len(missing):  # not those before the first value, of epochs that did not measure it yet
         raise UserError(f"{path}: the value of epoch {missing[0] + 1} is not a number")
     if not metric.has_first_task:
         values[:1] = np.nan

@@ -89,6 +89,12 @@ def test_the_tables_have_all_rows_and_their_numbers_add_up(capsys, checkout):
     assert float(released[4]) == pytest.approx(100 / float(released[3].split()[0]), rel=0.1)
 
 
+def test_a_name_with_a_line_in_it_is_no_column_more():
+    table = bench.markdown_table(("precision", "variant", "ms"), [("fp32", "a|b", "1.00"), ("fp32", "base", "2.00")]).splitlines()
+    assert "a\\|b" in table[2] and len({len(line) for line in table}) == 1
+    assert {line.replace("a\\|b", "").count("|") for line in table} == {4}
+
+
 def test_seconds_between_measured_numbers_of_classes_lie_on_a_line():
     measured = {5: 1.0, 50: 10.0, 100: 30.0}
     assert [bench.at(measured, classes) for classes in (5, 50, 75, 100)] == [1, 10, 20, 30]

@@ -5,6 +5,7 @@ import pytest
 from conftest import ALGORITHMS, REFERENCE, REPOSITORY
 
 import incremental_cifar_experiment
+from incremental_cifar import explain
 from incremental_cifar.command_line import run_script
 from incremental_cifar.config import (
     FIELDS,
@@ -64,6 +65,36 @@ def test_each_config_is_its_algorithm_at_the_papers_settings(algorithm):
 def test_the_readmes_table_is_that_of_the_fields():
     assert README.read_text().partition(BEGIN)[2].partition(END)[0] == table(), "make docs writes it"
     assert {line.count(" | ") for line in table().splitlines()} == {3}
+
+
+# What stands in the file before, {} being an outdated table; whether it can be written.
+READMES = {
+    "as it is": (f"# Keys\n{BEGIN}{{}}{END}And so on: é\n", True),
+    "end edited": (f"# Keys\n{BEGIN}{{}}<!-- end of the keys -->\nAnd so on\n", False),
+    "beginning edited": (f"# Keys\n<!-- the keys -->\n{{}}{END}And so on\n", False),
+    "two beginnings": (f"{BEGIN}{BEGIN}{{}}{END}", False),
+    "two ends": (f"{BEGIN}{{}}{END}And so on\n{END}", False),
+    "other order": (f"{END}{{}}{BEGIN}", False),
+    "not there": (None, False),
+}
+
+
+@pytest.mark.parametrize("case", READMES)
+def test_the_table_is_written_between_its_two_lines_or_not_at_all(case, tmp_path, monkeypatch, capsys):
+    text, is_written = READMES[case]
+    readme = tmp_path / "README.md"
+    monkeypatch.setattr(explain, "README", readme)
+    if text is not None:
+        readme.write_bytes(text.format("| outdated |\n").encode())
+    status = run_script(explain.main, [])
+    error = capsys.readouterr().err
+    if is_written:
+        assert status == 0 and error == "" and readme.read_bytes() == text.format(table()).encode()
+        return
+    assert status == 2 and error.startswith(f"error: {readme}: ") and error.count("\n") == 1
+    assert text is None or (
+        readme.read_bytes() == text.format("| outdated |\n").encode() and BEGIN.strip() in error and END.strip() in error
+    )
 
 
 @pytest.mark.parametrize("key", FIELDS)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ALGORITHMS, REPOSITORY, everything_in
 from matplotlib import rc_context
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.text import Text
 from scipy.stats import ttest_ind
 
@@ -336,6 +336,10 @@ FOUND_METRICS = {
     "validation_accuracy_per_epoch": ("Validation accuracy (%)", [30, 40, 0], 0),
     "cosine_analysis": ("Cosine", [-3, -1, -2], -np.inf),
     "distance_{units}_analysis": ("distance_{units}", [3, 1, 2], 0),
+    "dormant_units_reset_per_epoch": ("Dormant units reset per epoch", [2, 3, 0], 0),
+    "plasticity_loss_of_units_per_epoch": ("Plasticity loss of units per epoch", [2, 3, 0], 0),
+    "inaccuracy_per_epoch": ("Inaccuracy per epoch", [2, 3, 0], 0),
+    "accuracy_of_the_bound_analysis": ("Accuracy of the bound", [3, 1, 2], 0),
 }
 
 
@@ -345,15 +349,32 @@ def test_any_metric_of_a_run_is_found_and_drawn(results, draw, metric):
     values = np.array([3, 1, 2, 4, 0, 0] if metric.endswith("_per_epoch") else [3, 1, 2]) * (0.1 if "%" in label else 1)
     store(results, BASE, 0, SMALL, **{metric: values if least == 0 else -values, "class_order": [0], ACCURACY: [0.5] * 6})
     (results / BASE / "empty_analysis").mkdir()
-    assert find_metrics(results) == [ACCURACY, metric]
+    assert list(find_metrics(results)) == [ACCURACY, metric]
     store(results, RETRAINED, 0, SMALL, **{ACCURACY: [0.5] * 6})
-    assert find_metrics(results) == [RELATIVE, ACCURACY, metric]
+    assert list(find_metrics(results)) == [RELATIVE, ACCURACY, metric]
     figure, _ = draw(metric)
     assert line_values(lines_of(figure)["Base deep learning system (1 run)"]) == ([4, 8, 12], expected)
     axes = figure.axes[0]
     assert axes.get_ylabel() == label and least <= axes.get_ylim()[0] <= min(expected)
     assert axes.get_title(loc="left") == ("Images of the next task's classes" if metric.startswith("next_task") else "")
     assert_texts_have_room(figure)
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [("my_norm_per_epoch", [1, np.nan, 6]), ("my_loss_per_epoch", [1, np.nan, np.nan]), ("my_accuracy_per_epoch", [100, np.nan, np.nan])],
+)
+def test_gaps_in_a_metric_of_ones_own_are_gaps(results, draw, metric, expected):
+    """Of a task, accuracies and losses count where every epoch is there, and means over those that are."""
+    values = np.array([1, 1, np.nan, np.nan, np.nan, 6 if "norm" in metric else 1])
+    store(results, BASE, 0, SMALL, **{metric: values})
+    figure, out = draw(metric)
+    assert line_values(lines_of(figure)["Base deep learning system (1 run)"]) == ([4, 8, 12], expected)
+    assert f"index 0 has only {np.isfinite(expected).sum()} of 3 tasks" in out
+    figure, out = draw(metric, "--per-epoch")
+    drawn = lines_of(figure)["Base deep learning system (1 run)"]
+    assert line_values(drawn) == ([*range(1, 7)], list(values * (100 if "accuracy" in metric else 1)))
+    assert "index 0 has only 3 of 6 epochs" in out and drawn.get_markevery() == [5]  # a point that no line would show
 
 
 def test_a_long_name_of_a_metric_is_written_in_lines_that_fit(results, draw):
@@ -544,6 +565,29 @@ def test_all_figures_are_those_of_what_is_there_and_others_are_said(results, cap
     assert (results / "figures" / f"{ACCURACY}.svg").exists()
 
 
+def test_all_figures_have_other_algorithms_in_the_papers(results, capsys, tmp_path, monkeypatch):
+    """As many as have a colour; where one cannot be used, the paper's alone; and without others nothing is asked for."""
+    asked = []
+    parse_arguments = plot_paper_figure.parse_arguments
+    monkeypatch.setattr(plot_paper_figure, "parse_arguments", lambda arguments: asked.append(arguments[4:]) or parse_arguments(arguments))
+    for algorithm in (BASE, CBP):
+        store(results, algorithm, 0, SMALL, **{ACCURACY: [0.5] * 6})
+    (results / RETRAINED).mkdir()
+    arguments = "--results_dir", results, "--output-dir", tmp_path / "out"
+    assert run(draw_all, capsys, *arguments)[0] == 0
+    for name in ("a,b", *"abcdefghijk"):
+        store(results, name, 0, SMALL, **{RANK: [3, 2, 1], **({ACCURACY: [0.5] * 6} if name != "a" else {})})
+    status, out, _ = run(draw_all, capsys, *arguments)
+    assert status == 0 and "here too, and drawn where --algorithms names them: a,b\n" in out
+    store(results, "l", 0, SMALL, **{ACCURACY: [0.5] * 6})
+    assert "names them: a,b, l\n" in run(draw_all, capsys, *arguments)[1]
+    store(results, "b", 0, SMALL | {"epochs_per_task": 3}, **{ACCURACY: [0.5] * 9})
+    status, out, error = run(draw_all, capsys, *arguments)
+    assert status == 1 and "test_accuracy_figure.svg" in out and "epochs_per_task is 2 in" in error.splitlines()[0]
+    all_names = ["--algorithms", ",".join([BASE, CBP, *"abcdefghijk"])]
+    assert asked == [[], all_names, all_names, all_names, []]
+
+
 def test_default_output_is_beside_the_script():
     parsed = plot_incremental_cifar_results.parse_arguments(["--metric", RANK])
     assert parsed.output == REPOSITORY / "plots" / f"{RANK}.svg" and parsed.results_dir == REPOSITORY / "results"
@@ -708,11 +752,41 @@ def test_paper_figure_draws_what_is_there_and_says_what_is_missing(results, pape
     texts = [[" ".join(text.get_text().split()) for text in axes.texts] for axes in figures["paper_figure"].axes]
     for figure in figures.values():
         assert_texts_have_room(figure)
-    assert texts == [["No runs yet"], ["Continual backpropagation"], ["No runs yet"]]
+    assert texts == [["No retrained network"], ["Continual backpropagation"], ["Not analysed yet"]]
     assert f"{RANK}: no runs of base_deep_learning_system, continual_backpropagation, head_resetting, shrink_and_perturb" in out
     assert "Panel a: Base deep learning system: no retrained network of index 0; left out." in out
     assert "Panel b: Continual backpropagation: index 0 has only 2 of 3 tasks." in figures["paper_figure"].texts[0].get_text()
     assert "One run each." in figures["test_accuracy_figure"].texts[0].get_text()
+
+
+@pytest.mark.parametrize(
+    ("index", "accuracies", "text"),
+    [
+        (0, {BASE: [0.5]}, "No retrained network"),
+        (1, {BASE: [0.5] * 6}, "No retrained network of these indices"),
+        (0, {BASE: [0.5], RETRAINED: [0.5]}, "No complete task yet"),
+        (0, {RETRAINED: [0.5] * 6}, "No test accuracies yet"),
+        (0, {}, "No test accuracies yet"),
+    ],
+)
+def test_an_empty_panel_says_why(results, paper_figures, index, accuracies, text):
+    for algorithm, values in accuracies.items():
+        store(results, algorithm, 0, SMALL, test_accuracy_per_epoch=values)
+    store(results, RETRAINED, index, SMALL, **({ACCURACY: [0.5] * 6} if index else {}))
+    store(results, "x" * 90, 0, SMALL, **{RANK: [16, 15, 14]})
+    figure = paper_figures(results, "--algorithms", f"{BASE},{'x' * 90}" if BASE in accuracies else "x" * 90)[0]["paper_figure"]
+    assert [" ".join(text.get_text().split()) for text in figure.axes[0].texts] == [text]
+    assert [text.get_text() for text in figure.axes[1].texts] == ["Not analysed yet"]
+    assert_texts_have_room(figure)
+
+
+@pytest.mark.parametrize("colour", [*COLOURS.values(), *drawing.FURTHER_COLOURS])
+def test_names_are_as_dark_as_the_papers_lightest_or_nearly(colour):
+    """Relative luminance as in WCAG 2: contrast with white is 1.05 / (luminance + 0.05)."""
+    assert colour not in COLOURS.values() or colour not in drawing.DARKER
+    channels = np.array(to_rgb(drawing.DARKER.get(colour, colour)))
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    assert 1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05) > 2.3
 
 
 @pytest.mark.parametrize("names", [[CBP, "redo", RETRAINED], [*ALGORITHMS, *"abcdefg", "mine_0.1"], [*ALGORITHMS, "x" * 90, "two_words"]])
@@ -821,6 +895,26 @@ def test_gaps_to_the_retrained_network_by_hand(results, tmp_path, capsys):
     text = (tmp_path / "comparison_with_paper.md").read_text()
     assert all(f"| {cell}" in text for cell in cells) and "| +0.150 | - | " in text
     assert " ".join(cells[1].replace("|", "").split()) in [" ".join(line.split()) for line in out.splitlines()]
+
+
+def test_folders_that_are_not_the_papers_leave_the_comparison_alone(results, tmp_path, capsys):
+    """Without a retrained network they are not read; with it, those that cannot be used are named, and a | in a name is no column."""
+    papers_runs(results, num_runs=2, algorithms=[BASE])
+    store(results, "a|b", 0, test_accuracy_per_epoch=[0.5] * 4000)
+    (results / "scratch" / ACCURACY).mkdir(parents=True)
+    np.save(results / "scratch" / ACCURACY / "index-0.npy", np.full(3000, 0.5))
+    arguments = "--results_dir", results, "--output-dir", tmp_path
+    status, alone, _ = run(compare_with_paper, capsys, *arguments)
+    assert status == 0 and "scratch" not in alone and "gap to" not in alone
+    papers_runs(results, num_runs=2, algorithms=[RETRAINED])
+    status, out, _ = run(compare_with_paper, capsys, *arguments)
+    note = "gap to the retrained network: scratch left out, scratch/test_accuracy_per_epoch/index-0.npy: holds 3,000 values"
+    text = (tmp_path / "comparison_with_paper.md").read_text()
+    assert status == 0 and f"Note: {note}" in out and f"- {note}" in text
+    table = text[text.index("| gap to") :].partition("\n\n")[0].replace("a\\|b", "").splitlines()
+    assert len(table) == 4 and {row.count("|") for row in table} == {9}
+    np.save(results / RETRAINED / ACCURACY / "index-0.npy", np.full(4001, 0.5))
+    assert_one_line(*run(compare_with_paper, capsys, *arguments), f"{RETRAINED}/{ACCURACY}/index-0.npy: holds 4001 values")
 
 
 def test_gaps_of_the_papers_own_curves_are_its(results, tmp_path, capsys):

@@ -289,19 +289,23 @@ def test_distances_are_to_the_initial_network_that_is_there(experiment, monkeypa
         ([0.2], [0.2, np.nan, np.nan]),
         ([0.2, np.nan, 0.9], [0.2, np.nan, np.nan]),
         ([], [np.nan] * 3),
-        (None, [np.nan] * 3),  # no file
-        ([0.2, 0.4, 0.9, 0.9], "there are 3 at most"),
+        (None, "there is no such file; index 0 keeps its earlier"),
+        ("folder", "there is no such file; index 0 keeps its earlier"),
+        ([0.2, 0.4, 0.9, 0.9], "there are 3 at most; index 0 keeps"),
         ([[0.2, 0.4, 0.9]], "there are 3 at most"),
         (["a"], "there are 3 at most"),
     ],
 )
 def test_average_online_accuracy_shares_windows_out_to_tasks(windows, expected, experiment, capsys, analysed_tasks):
-    """By the steps that they have in each; found out anew without any model when the curve has changed."""
+    """By the steps that they have in each; found out anew without any model when the curve has changed, and kept when it is gone."""
     assert analyse(experiment) == 0
-    assert np.isfinite(analysis_of(experiment)[ONLINE_ACCURACY]).all()
+    first = analysis_of(experiment)[ONLINE_ACCURACY]
+    assert np.isfinite(first).all()
     path = experiment / "train_accuracy_per_checkpoint" / "index-0.npy"
     path.unlink()
-    if windows is not None:
+    if windows == "folder":
+        path.mkdir()
+    elif windows is not None:
         np.save(path, np.array(windows, dtype=None if windows == ["a"] else np.float32))
     capsys.readouterr()
     for _ in range(2):
@@ -311,10 +315,24 @@ def test_average_online_accuracy_shares_windows_out_to_tasks(windows, expected, 
     assert everything_in(experiment) == before and analysed_tasks == [[0, 1, 2, 3]]
     if isinstance(expected, str):
         assert warning.startswith(f"warning: {path}: ") and expected in warning and warning.count("\n") == 1
-        expected = [np.nan] * 3
+        expected = first
     else:
         assert warning == ""
     assert analysis_of(experiment)[ONLINE_ACCURACY] == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
+def test_an_online_accuracy_without_its_curve_is_kept_while_the_run_is_the_same(experiment, capsys):
+    assert analyse(experiment) == 0
+    first = analysis_of(experiment)[ONLINE_ACCURACY]
+    shutil.rmtree(experiment / "train_accuracy_per_checkpoint")
+    for arguments in (["--dormant_unit_threshold", "0.9"], ["--batch_norm", "running"], ["--overwrite"]):
+        assert analyse(experiment, *arguments) == 0
+        assert "keeps its earlier average online accuracy" in capsys.readouterr().err
+        assert np.array_equal(analysis_of(experiment)[ONLINE_ACCURACY], first)
+    save_class_order(experiment, np.load(experiment / "class_order" / "index-0.npy")[::-1])
+    assert analyse(experiment) == 0
+    assert "index 0 is analysed without its average online accuracy" in capsys.readouterr().err
+    assert np.isnan(analysis_of(experiment)[ONLINE_ACCURACY]).all()
 
 
 @pytest.mark.parametrize("blocked", ["folder", "file", "settings"])
