@@ -1,11 +1,9 @@
-"""Many runs by one command, on this machine or on Slurm: the paper's figure is 5 algorithms with 15 runs each.
+"""Many runs by one command, on this machine or on Slurm.
 
     python run_sweep.py --configs cfg/*.json --indices 0-14 --analyse
     python run_sweep.py --configs cfg/*.json --indices 0-14 --status
 
-The same command starts a sweep and goes on with it: it starts what is neither finished nor at work nor queued. docs/sweeps.md tells all.
-The exit status is 0 if all runs are finished (on Slurm: submitted), 1 if something failed, 2 if the command cannot be carried out, and
-128 + its number if a signal (Ctrl-C: 130) stopped the sweep.
+The same command starts a sweep and goes on with it: with what is neither finished nor at work nor queued. docs/sweeps.md tells all.
 """
 
 import argparse
