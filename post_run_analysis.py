@@ -125,7 +125,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_changed[number]:
             check_destinations(settings_file(run.files), *map(run.files.array_file, stored))
     load_images_once = functools.lru_cache(maxsize=1)(load_images)  # the runs of an experiment share them
-    with tqdm(total=sum(map(len, missing)), desc="models", unit="", leave=False, disable=None, dynamic_ncols=True) as progress:
+    bar = tqdm(total=sum(map(len, missing)), desc="models", unit="", leave=False, disable=None, dynamic_ncols=True)
+    with bar as progress, contextlib.ExitStack() as held:
+        for run, changed in zip(runs, is_changed, strict=True):
+            if changed and run.has_final_network:  # a run in progress holds its lock itself
+                held.enter_context(run.files.locked())
         for run, stored, tasks, changed in zip(runs, results, missing, is_changed, strict=True):
             if tasks:
                 sizes = run.sizes

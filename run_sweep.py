@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for runs in experiments:
         runs.tidy(parsed.keep)
     if parsed.slurm is None:
+        if queue:
+            warn(f"{len(queue)} runs are queued on Slurm, and left to it; --status shows them")
         return sweep_here(experiments, packs, places, parsed)
     options = ["--analyse"] * parsed.analyse + ["--keep", parsed.keep, "--retries", str(parsed.retries)]
     submit(packs, queue, parsed.slurm, [*options, "--runs-per-gpu", str(parsed.runs_per_gpu)])
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line, checked. Raises UserError."""
-    parser = OneLineArgumentParser(description="Run many configs and indices, on this machine or on Slurm; docs/sweeps.md tells more.")
+    parser = OneLineArgumentParser(allow_abbrev=False, description="Many configs and indices, here or on Slurm; docs/sweeps.md tells more.")
     parser.add_argument("--configs", nargs="+", required=True, metavar="PATH", help="JSON files of settings, as in cfg/*.json")
     parser.add_argument("--indices", required=True, metavar="N", help="the indices of every config: 3, or 0-14, or 0,2,5-7")
     several = {"action": "extend", "metavar": "KEY=VALUE"}
@@ -95,10 +97,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"--retries must be 0 or more, and --runs-per-gpu from 1 to {MOST_RUNS_PER_GPU}")
     if parsed.keep == "results" and not parsed.analyse:
         raise UserError("--keep results: models are deleted once they are analysed; add --analyse")
-    if parsed.slurm is not None:
-        if parsed.gpus is not None:
-            raise UserError("--gpus: these are this machine's; on Slurm, it is --slurm gres=gpu:1")
-        parsed.slurm = parse_options(parsed.slurm)
+    if parsed.slurm is not None and parsed.gpus is not None:
+        raise UserError("--gpus: these are this machine's; on Slurm, it is --slurm gres=gpu:1")
+    parsed.slurm = None if parsed.slurm is None else parse_options(parsed.slurm)
     return parsed
 
 
@@ -154,7 +155,7 @@ def sweep_here(experiments: Sequence[Runs], packs: Sequence[Runs], places: Mappi
                 problems.append(f"not all figures of {results_dir} can be drawn")
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr, flush=True)
-    return 1 if problems or any(pack.unfinished() or (parsed.analyse and pack.unanalysed()) for pack in packs) else 0
+    return 1 if problems or any(runs.unfinished() or (parsed.analyse and runs.unanalysed()) for runs in experiments) else 0
 
 
 def show_status(experiments: Sequence[Runs], queue: Mapping[tuple[Path, int], str]) -> int:
@@ -162,7 +163,7 @@ def show_status(experiments: Sequence[Runs], queue: Mapping[tuple[Path, int], st
     width = max(len(runs.folder.name) for runs in experiments)
     for runs in experiments:
         for files in runs.files:
-            state, note = how_it_stands(files, runs.config.num_tasks, queue.get((runs.folder, files.index), ""))
+            state, note = how_it_stands(files, runs.config, queue.get((runs.folder, files.index), ""))
             states[state] += 1
             print(f"{runs.folder.name:{width}} {files.index:5}  {state:13} {note}".rstrip())
     print(", ".join(f"{number} {state}" for state, number in states.items()))

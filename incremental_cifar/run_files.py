@@ -350,15 +350,16 @@ class Runs(NamedTuple):
         return [self.unfinished(), self.unanalysed(), *(files.checkpoints() for files in self.files)]
 
 
-def how_it_stands(files: RunFiles, num_tasks: int, job: str = "") -> tuple[str, str]:
-    """A run's state, and what there is to say of it. job: its job on Slurm and the state of that, if there is one."""
+def how_it_stands(files: RunFiles, config: Config, job: str = "") -> tuple[str, str]:
+    """The state of a run with this config, and what there is to say of it. job: its job on Slurm and the state of that, if there is one."""
     try:
+        check_same_settings(files.load_config(), config, files.config_file)
         is_finished = files.index in files.finished_indices()
     except UserError as error:
-        return "unknown", str(error)
+        return "unusable", str(error)
     holder, said, checkpoints = lock_holder(files.lock_file), files.load_progress(), files.checkpoints()
     if is_finished:
-        return ("analysed", "") if files.is_analysed(num_tasks) else ("finished", holder or job)
+        return ("analysed", "") if files.is_analysed(config.num_tasks) else ("finished", holder or job)
     if holder and f"process {said.get('process')}," in holder:
         seconds = said.get("seconds_left")
         left = "" if seconds is None else f"{datetime.timedelta(seconds=round(seconds))} left, "
@@ -387,7 +388,7 @@ def last_line(log: Path, index: int | None = None) -> str:
         text = file.read().decode(errors="replace").replace("\x1b[A", "\n")
         text = re.sub(r"\A[^\r\n]*", "", text) if start else text  # the rest of a line, or of a state of the bar
         text = re.split(r"=== started: .*\n", text)[-1]
-        lines = [line.strip() for line in re.split(r"[\r\n]+", BAR.sub("\n", text)) if line.strip()]
+        lines = [line.strip() for line in re.split(r"[\r\n]+", BAR.sub("\n", text)) if line.strip() and line[:3] != "==="]
         named = {line: match[1].split(", ") for line in lines if (match := re.match(r"error: index ([\d, ]+): ", line))}
         errors = [line for line in lines if line.startswith("error: ") and (index is None or str(index) in named.get(line, [str(index)]))]
         return (errors or lines or [""])[-1]

@@ -79,15 +79,16 @@ class LocalSweep:
 
     def run(self) -> None:
         """Until all is done or given up, or a signal has come and everything has ended."""
-        for number in STOP_SIGNALS:
-            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup's SIGHUP; shells have & ignore SIGINT
-                signal.signal(number, self.pass_on)
+        handled = [number for number in STOP_SIGNALS if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN]
+        previous = {number: signal.signal(number, self.pass_on) for number in handled}  # not nohup's SIGHUP; shells have & ignore SIGINT
         with concurrent.futures.ThreadPoolExecutor(len(self.places)) as pool:
             working = [pool.submit(self.work, place) for place in self.places]
             while concurrent.futures.wait(working, timeout=0.2).not_done:
                 pass  # a signal that another thread took is handled when this one wakes up
         for each in working:
             each.result()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
     def pass_on(self, number: int, frame: object) -> None:
         # Whoever signals our whole group has asked the runs too: within two seconds they take SIGTERM for the same request.
@@ -144,10 +145,8 @@ class LocalSweep:
         command = [sys.executable, str(REPOSITORY / script[0]), *script[1:], "--experiment-index", part.indices_text]
         try:
             make_folder(log.parent)
-            with open(log, "ab", buffering=0) as file, contextlib.ExitStack() as held:
+            with open(log, "ab", buffering=0) as file:
                 share(file.fileno(), log.parent)
-                for files in part.files if what == "analyse" else ():
-                    held.enter_context(files.locked())
                 now, host = time.strftime("%F %T"), os.uname().nodename
                 file.write(f"\n=== started: {now}, {host}, {place}: {shlex.join(command)}\n".encode())
                 streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}

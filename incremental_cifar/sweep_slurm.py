@@ -31,13 +31,12 @@ def slurm(*command: str, text: str = "") -> str:
 
 
 def queued_runs(experiments: Sequence[Runs]) -> dict[tuple[Path, int], str]:
-    """Job and state of every run that Slurm has not ended, by folder and index: a job's comment tells its packs. Raises UserError."""
+    """Job and state of every run that Slurm has not ended, by folder and index: its comment tells packs of several. Raises UserError."""
     folders, queue = {runs.job_name: runs.folder for runs in experiments}, {}
     for line in slurm("squeue", f"--name={','.join(folders)}", "--array", "--noheader", "--format=%j|%K|%i|%T|%r|%k").splitlines():
         name, task, job, state, reason, packs = line.split("|", 5)
-        for pack in (pack.split(",") for pack in packs.strip().split("/")):
-            if pack[0] == task:
-                queue |= {(folders[name], int(index)): f"{job}, {state.lower()} ({reason})".replace(" (None)", "") for index in pack}
+        pack = next((pack for pack in (text.split(",") for text in packs.strip().split("/")) if pack[0] == task), [task])
+        queue |= {(folders[name], int(index)): f"{job}, {state.lower()} ({reason})".replace(" (None)", "") for index in pack}
     return queue
 
 
@@ -70,7 +69,7 @@ def submit(packs: Sequence[Runs], queue: Mapping[tuple[Path, int], str], options
         mine = [pack.for_gpu(has_gpu) for pack in packs if pack.folder == folder]
         array, texts = ",".join(str(pack.indices[0]) for pack in mine), [pack.indices_text for pack in mine]
         sweep = [str(REPOSITORY / "run_sweep.py"), "--indices", ",".join(texts), "--pack", "%a", *sweep_options]
-        ours = [f"--job-name={mine[0].job_name}", f"--array={array}", f"--comment={'/'.join(texts)}"]
+        ours = [f"--job-name={mine[0].job_name}", f"--array={array}", f"--comment={'/'.join(text for text in texts if ',' in text)}"]
         script, output = (REPOSITORY / "slurm_job.sh").read_text(), folder / "logs" / "slurm-%A_%a.out"
         job = sbatch([*options, *ours], output, script, *sweep, "--configs", mine[0].source, "--set", *overrides_of(mine[0].config))
         print(f"Submitted job {job}: {folder.name}, index {' and '.join(texts)}")

@@ -388,17 +388,19 @@ def wait_until(condition: Callable[[], object], seconds: float = PATIENCE) -> No
         time.sleep(0.1)
 
 
-# In place of squeue: if FAKE_SECONDS is set, every job says that its time ends in so many seconds.
-SQUEUE = """#!/bin/sh
-case "$FAKE_SECONDS $*" in [0-9]*%e*) date -d "+$FAKE_SECONDS seconds" +%FT%T;; *) exec {squeue} "$@";; esac
-"""
+# In place of squeue: if FAKE_SECONDS is set, every job says that its time ends in so many seconds. In place of scontrol: a slow answer.
+PROGRAMS = {
+    "squeue": """case "$FAKE_SECONDS $*" in [0-9]*%e*) date -d "+$FAKE_SECONDS seconds" +%FT%T;; *) exec {program} "$@";; esac""",
+    "scontrol": """{program} "$@"; status=$?; sleep 0.5; exit $status""",
+}
 
 
 @contextlib.contextmanager
 def shell(folder: Path) -> Iterator[Callable[..., str]]:
     """A cluster in this folder, as a function that runs a command there and returns what it prints, errors last."""
-    (folder / "squeue").write_text(SQUEUE.format(squeue=shutil.which("squeue")))
-    (folder / "squeue").chmod(0o755)
+    for name, lines in PROGRAMS.items():
+        (folder / name).write_text("#!/bin/sh\n" + lines.format(program=shutil.which(name)) + "\n")
+        (folder / name).chmod(0o755)
     with cluster(folder / "cluster", cpus=16) as variables:
         environment = os.environ | variables | {"PATH": f"{folder}:{os.environ['PATH']}"}
 

@@ -181,9 +181,9 @@ def test_what_was_stored_before_other_methods_existed_is_the_same_as_ever(tmp_pa
     assert before == now and differing_keys(before, now) == []
 
     overrides = [f"results_dir={tmp_path}"]
-    Runs(source, load_config(source, overrides), (0,)).check_settings()
+    Runs(source, load_config(source, overrides), (0,)).check()
     with pytest.raises(UserError, match=r"l2_init \(0\.0 there, 0\.1 here\)"):
-        Runs(source, load_config(source, [*overrides, "l2_init=0.1", "combine=true"]), (0,)).check_settings()
+        Runs(source, load_config(source, [*overrides, "l2_init=0.1", "combine=true"]), (0,)).check()
 
 
 def test_a_config_in_the_released_form_loads_unchanged(tmp_path):

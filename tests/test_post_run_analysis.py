@@ -55,6 +55,16 @@ def make_unfinished(folder, last_epoch=EPOCHS) -> None:
         (folder / "model_parameters" / f"index-0_epoch-{epoch}.pt").unlink()
 
 
+def test_two_analyses_of_a_run_are_not_at_work_at_once(experiment, capsys):
+    """Not even if one was left behind by a sweep that was killed; what is analysed can be shown all the same."""
+    with RunFiles(experiment, 0).locked():
+        assert analyse(experiment) == 2
+        assert "another process is working on index 0" in capsys.readouterr().err
+    assert analyse(experiment) == 0
+    with RunFiles(experiment, 0).locked():
+        assert analyse(experiment) == 0
+
+
 # --- What it computes ------------------------------------------------------------------------------------------------------------
 
 

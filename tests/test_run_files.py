@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from incremental_cifar.command_line import status_text
-from incremental_cifar.config import UserError
+from incremental_cifar.config import Config, UserError
 from incremental_cifar.resnet import build_network
 from incremental_cifar.run_files import RunFiles, how_it_stands, last_line, state_bytes, state_digest
 from incremental_cifar.safe_files import write_file
@@ -185,23 +185,23 @@ def test_models_are_plain_contiguous_state_dicts(tmp_path):
 
 
 def test_how_a_run_stands(tmp_path):
-    files = RunFiles(tmp_path, 1)
-    assert how_it_stands(files, 1) == ("never started", "")
-    assert how_it_stands(files, 1, "7_1, pending (Priority)") == ("queued", "7_1, pending (Priority)")
-    assert how_it_stands(files, 1, "7_1, running") == ("running", "starting, 7_1, running")
+    files, config = RunFiles(tmp_path, 1), Config(results_dir=str(tmp_path.parent), experiment_name=tmp_path.name)
+    assert how_it_stands(files, config) == ("never started", "")
+    assert how_it_stands(files, config, "7_1, pending (Priority)") == ("queued", "7_1, pending (Priority)")
+    assert how_it_stands(files, config, "7_1, running") == ("running", "starting, 7_1, running")
     with files.locked():
-        assert how_it_stands(files, 1)[1].startswith(f"starting, host {os.uname().nodename}, process {os.getpid()}, since")
+        assert how_it_stands(files, config)[1].startswith(f"starting, host {os.uname().nodename}, process {os.getpid()}, since")
         files.save_progress({"epoch": 3, "num_epochs": 9, "seconds_left": 3725.2, "process": os.getpid()})
-        assert re.match(r"\('running', 'epoch 3 of 9, 1:02:05 left, host ", str(how_it_stands(files, 1)))
+        assert re.match(r"\('running', 'epoch 3 of 9, 1:02:05 left, host ", str(how_it_stands(files, config)))
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "index-10.log").write_text("error: another's\n")
     (tmp_path / "logs" / "index-0,1.log").write_text("=== started: now\nSIGTERM: stopped after epoch 3\n\n=== stopped by SIGTERM\n")
-    assert how_it_stands(files, 1) == ("interrupted", "")
+    assert how_it_stands(files, config) == ("interrupted", "")
     (tmp_path / "logs" / "slurm-7_1.out").write_text("slurmstepd: error: *** JOB 7 CANCELLED ***\n")
     os.utime(tmp_path / "logs" / "index-0,1.log", (0, 0))
-    assert how_it_stands(files, 1) == ("failed", f"slurmstepd: error: *** JOB 7 CANCELLED *** ({tmp_path / 'logs' / 'slurm-7_1.out'})")
+    assert how_it_stands(files, config) == ("failed", f"slurmstepd: error: *** JOB 7 CANCELLED *** ({tmp_path / 'logs' / 'slurm-7_1.out'})")
     files.mark_finished()
-    assert how_it_stands(files, 1, "7_1, pending") == ("finished", "7_1, pending")
+    assert how_it_stands(files, config, "7_1, pending") == ("finished", "7_1, pending")
 
 
 BAR = b"\rindex 0, task 1/2 (5 classes):   3.1% |          | 00:01, 01:02 left, epoch 2, test accuracy 0.100"

@@ -94,7 +94,7 @@ def test_a_stopped_sweep_and_the_same_command_again(to_all, signals, tmp_path, s
     assert first.wait() == 128 + signals[0], first.output()
     assert sorted(trained(first)) == [f"{BASE} index 0", f"{CBP} index 0"]
     assert first.output().count("with a checkpoint; the same command resumes") == 2
-    assert all(how_it_stands(files, 3)[0] == "interrupted" and files.checkpoints() for files in runs)
+    assert all(how_it_stands(files, files.load_config())[0] == "interrupted" and files.checkpoints() for files in runs)
 
     second = sweep(arguments)
     assert second.wait() == 0, second.output()
@@ -185,7 +185,8 @@ def test_a_limit_during_the_analysis_is_progress_once(tmp_path, sweep):
         run.send(signal.SIGUSR1)
         assert run.wait() == status, run.output()
     assert sweep(arguments).wait() == 0
-    assert how_it_stands(RunFiles(tmp_path / "results" / BASE, 0), 1) == ("analysed", "")
+    files = RunFiles(tmp_path / "results" / BASE, 0)
+    assert how_it_stands(files, files.load_config()) == ("analysed", "")
 
 
 def machine_with_gpus(folder: Path, nvidia_smi: str) -> dict[str, str]:
@@ -353,7 +354,7 @@ def test_an_unreadable_folder_does_not_hide_how_the_others_stand(tmp_path, monke
         path.write_text("nonsense")
     assert run_script(run_sweep.main, [*arguments, "--status"]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert f"{BASE}/experiment_indices.npy: cannot read the list" in shown[0] and re.fullmatch(f"{CBP} +0  never started", shown[1])
+    assert "  unusable " in shown[0] and "index-0.json: cannot read the stored" in shown[0] and shown[1].endswith("  never started")
     assert run_script(run_sweep.main, arguments) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -63,6 +63,7 @@ def test_what_a_job_does_at_its_end(slurm, tmp_path):
     wait_until(lambda: refused.lines(".signals") and len(refused.lines()) == 2)
     assert [len(limit.lines(task)) for task in "01"] == [2, 2] and limit.lines("0.signals") == limit.lines("1.signals") == ["usr1"]
     assert len(killed.lines()) == 2 and len(no_limit.lines()) == 1
+    assert "Submitted" not in "".join(limit.lines(".log") + killed.lines(".log"))  # what was queued again is not submitted as well
     assert fails.states() == {"FAILED"} and len(fails.lines()) == 1
     assert cancelled.states() == {"CANCELLED"} and len(cancelled.lines()) == 1 and set(cancelled.lines(".signals")) == {"term"}
     assert "Requested operation is presently disabled" in "".join(refused.lines(".log"))
