@@ -377,6 +377,10 @@ def test_a_run_queued_on_slurm_is_left_to_it(tmp_path, monkeypatch, capsys):
         ("1", "queued", "7_0, pending (Resources)"),
         ("3", "running", "starting, 7_3, running"),
     ]
+    for index in (2, 4):
+        RunFiles(runs.folder, index).mark_finished()
+    assert run_script(run_sweep.main, arguments) == 1  # not all is finished
+    assert "warning: 3 runs are queued on Slurm, and left to it" in capsys.readouterr().err
 
 
 def test_failures_are_counted_anew_after_progress(tmp_path, monkeypatch):
@@ -388,3 +392,6 @@ def test_failures_are_counted_anew_after_progress(tmp_path, monkeypatch):
     sweep = LocalSweep([runs], {"slot 1": {}}, retries=1, analyse=False, keep="all")
     sweep.work("slot 1")
     assert len(attempts) == 3 and sweep.problems == ["train a index 0: why"]
+    handler = signal.getsignal(signal.SIGTERM)
+    sweep.run()  # nothing is left: signals are the figures' again
+    assert signal.getsignal(signal.SIGTERM) == handler
