@@ -370,10 +370,16 @@ def how_it_stands(files: RunFiles, config: Config, job: str = "") -> tuple[str, 
         return "queued", job
     name = re.compile(rf"index-(\d+,)*{files.index}(,\d+)*\.log|slurm-\d+_{files.index}\.out")
     logs = sorted((path for path in files.folder.glob("logs/*") if name.fullmatch(path.name)), key=lambda path: path.stat().st_mtime)
-    line = last_line(logs[-1], files.index) if logs else ""
-    if re.search("error: |exit status|killed by", line):
-        return "failed", f"{line} ({logs[-1]})"
-    return ("interrupted", f"after epoch {checkpoints[-1][0]}") if checkpoints else ("interrupted" if line else "never started", "")
+    newest = {log.suffix: log for log in logs}
+    lines = {newest[kind]: last_line(newest[kind], files.index) for kind in (".log", ".out") if kind in newest}  # the run's own comes first
+    for log, line in lines.items():
+        if re.search("error: |exit status|killed by", line):
+            return "failed", f"{line} ({log})"
+    return (
+        ("interrupted", f"after epoch {checkpoints[-1][0]}")
+        if checkpoints
+        else ("interrupted" if any(lines.values()) else "never started", "")
+    )
 
 
 # A state of a run's progress bar. What another library writes begins right behind it.

@@ -200,6 +200,9 @@ def test_how_a_run_stands(tmp_path):
     (tmp_path / "logs" / "slurm-7_1.out").write_text("slurmstepd: error: *** JOB 7 CANCELLED ***\n")
     os.utime(tmp_path / "logs" / "index-0,1.log", (0, 0))
     assert how_it_stands(files, config) == ("failed", f"slurmstepd: error: *** JOB 7 CANCELLED *** ({tmp_path / 'logs' / 'slurm-7_1.out'})")
+    (tmp_path / "logs" / "index-0,1.log").write_text("=== started: now\nerror: index 1: why\nerror: index 0: else\n=== exit status 2\n")
+    os.utime(tmp_path / "logs" / "index-0,1.log", (0, 0))  # the job's report of it comes later, and says less
+    assert how_it_stands(files, config) == ("failed", f"error: index 1: why ({tmp_path / 'logs' / 'index-0,1.log'})")
     files.mark_finished()
     assert how_it_stands(files, config, "7_1, pending") == ("finished", "7_1, pending")
 
