@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from mlproj_manager.experiments import Experiment
 
+from incremental_cifar.algorithms import epoch_metrics
 from incremental_cifar.cifar100 import ImageSets, load_image_sets
 from incremental_cifar.command_line import OneLineArgumentParser, StopRequest, parse_indices, run_script, stop_requests, warn
 from incremental_cifar.config import Config, UserError, load_config, make_config, settled, with_whole_folders
@@ -210,7 +211,7 @@ class IncrementalCIFARExperiment(Experiment):
         )
         losses = curves.step_losses[first_step : config.steps_before(epoch + 1)]
         all_finite = torch.isfinite(losses).all().item()  # waits for the device
-        curves.record_epoch(epoch, epoch_runtime=time.perf_counter() - start, **self.learner.epoch_metrics())
+        curves.record_epoch(epoch, epoch_runtime=time.perf_counter() - start, **epoch_metrics(self.learner.algorithms))
         if not all_finite:
             raise diverged(epoch, stepsize)
 

@@ -67,10 +67,10 @@ _IMAGES = _between(1, TRAIN_IMAGES_PER_CLASS - 1)
 def setting(default: Any, help: str, rule: Rule = _ANYTHING, **facts: str | bool) -> Any:
     """A field of `Config` with all there is to know of its setting; help: what it means, in Markdown. facts, where there are any:
 
-    unit; method: the name of the method that it switches on, unless it is 0 or false; paper: that is the paper's; of: the key without which
-    it has no effect;
-    size: it says what a run's files hold; free: it may change between the start of a run and its resumption, since it cannot change the
-    results (the device, their last bits; resuming elsewhere is allowed, with a warning).
+    unit; method: the name of the method that it switches on, unless it is 0 or false; paper: that is the paper's, and can be
+    combined with others of it; of: the key without which it has no effect; size: it says what a run's files hold; free: it may change
+    between the start of a run and its resumption, since it cannot change the results (the device, their last bits; resuming elsewhere is
+    allowed, with a warning).
     """
     return dataclasses.field(default=default, metadata={"help": help, "rule": rule, **facts})
 
@@ -279,7 +279,6 @@ TYPE_NAMES = {
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 RULES: dict[str, Rule] = {key: field.metadata["rule"] for key, field in FIELDS.items()}
 METHODS = {field.metadata["method"]: key for key, field in FIELDS.items() if "method" in field.metadata}
-# The released code has these combined freely.
 FREE_KEYS = frozenset(key for key, field in FIELDS.items() if "free" in field.metadata)
 # The released code stores none of these: then the paper's hold, which are the defaults.
 SIZE_KEYS = tuple(key for key, field in FIELDS.items() if "size" in field.metadata)

@@ -33,7 +33,7 @@ class Learner:
         self.best_network = BestNetwork()
         num_steps = config.steps_before(config.num_epochs)
         self.check_states()
-        self.curves = LearningCurves(num_steps, config.num_epochs, device, names=self.epoch_metrics())
+        self.curves = LearningCurves(num_steps, config.num_epochs, device, names=epoch_metrics(self.algorithms))
 
     def check_states(self) -> None:
         """Raise ValueError, hours before the first checkpoint does, if an algorithm's state cannot be stored and filled in again."""
@@ -44,11 +44,6 @@ class Learner:
                 if is_memory_full(error):
                     raise
                 raise ValueError(f"{name}.state_dict: what it gives cannot be stored and filled in again ({first_line(error)})") from error
-
-    @torch.no_grad()
-    def epoch_metrics(self) -> dict[str, float]:
-        """What the algorithms counted in the epoch that has just ended."""
-        return epoch_metrics(self.algorithms)
 
     def record(self, label: str) -> None:
         """Have the steps replayed from CUDA graphs from here on; where that is impossible, warn and go on without.

@@ -375,11 +375,9 @@ def how_it_stands(files: RunFiles, config: Config, job: str = "") -> tuple[str, 
     for log, line in lines.items():
         if re.search("error: |exit status|killed by", line):
             return "failed", f"{line} ({log})"
-    return (
-        ("interrupted", f"after epoch {checkpoints[-1][0]}")
-        if checkpoints
-        else ("interrupted" if any(lines.values()) else "never started", "")
-    )
+    if checkpoints:
+        return "interrupted", f"after epoch {checkpoints[-1][0]}"
+    return "interrupted" if any(lines.values()) else "never started", ""
 
 
 # A state of a run's progress bar. What another library writes begins right behind it.

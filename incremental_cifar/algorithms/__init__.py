@@ -80,6 +80,7 @@ def make_algorithms(config: Config, network: ResNet18, optimizer: torch.optim.SG
     return algorithms
 
 
+@torch.no_grad()
 def epoch_metrics(algorithms: Iterable[Algorithm]) -> dict[str, float]:
     """What the algorithms counted in the epoch that has just ended, by the names of the arrays; of what two of them count, the sum.
 
