@@ -1,5 +1,6 @@
 """What a run's numbers come from besides its settings: versions, device and code; and how those of two processes differ."""
 
+import datetime
 import hashlib
 import importlib.metadata
 import platform
@@ -34,6 +35,7 @@ def describe_environment(device: torch.device, is_compiled: bool, is_recorded: b
         commit = None
     is_gpu = device.type == "cuda"
     return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "torch": str(torch.__version__),  # a string subclass that weights_only=True would refuse
