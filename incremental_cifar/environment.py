@@ -1,4 +1,4 @@
-"""What a run's numbers come from besides its settings: versions, device and code; and how those of two processes differ."""
+"""What a run's numbers come from besides its settings: date, versions, device and code; and how those of two processes differ."""
 
 import datetime
 import hashlib

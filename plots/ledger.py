@@ -38,7 +38,7 @@ def update_ledger(
     comments, or if it cannot be written.
     """
     before, block, after = around_block(path, BEGIN, END)
-    lines = block.decode().splitlines()
+    lines = block.decode(errors="replace").splitlines()
     recorded = {tuple(cells[:2]): cells for line in lines if len(cells := line.strip("| ").split(" | ")) == len(COLUMNS)}
     rows, remarks = [COLUMNS, ["---"] * len(COLUMNS)], []
     for key, curve in published.items():
@@ -93,9 +93,9 @@ def origins(algorithm: str, configs: Sequence[dict[str, Any]]) -> list[str]:
         for key in FIELDS
         if key not in FREE_KEYS and key in config and mine[key] not in (config[key], "auto")
     }
-    dates = sorted({str(there["date"]) for there in environments if there.get("date")})
+    dates = sorted({str(there["date"]) for there in environments if there.get("date")}) or ["-"]
     machines = {there.get("device") for there in environments}
     commits = {re.sub(r"^(\w{12})\w+", r"\1", str(there["commit"])) for there in environments if there.get("commit")}
     listed = (sorted(map(str, filter(None, values))) for values in (machines, settings, commits))
-    cells = [" to ".join(dict.fromkeys((dates or ["-"])[:: max(len(dates) - 1, 1)])), *map(", ".join, listed)]
+    cells = [" to ".join(dict.fromkeys((dates[0], dates[-1]))), *map(", ".join, listed)]
     return [cell.replace("|", "/") or "-" for cell in cells]

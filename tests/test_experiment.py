@@ -633,6 +633,7 @@ def test_other_code_than_the_last_checkpoints_is_named(before, here, named, resu
 def test_the_code_of_a_run_is_known_without_commits(results):
     environment = json.loads((results / BASE / "config_files" / "index-0.json").read_text())["_environment"]
     assert len(environment["code"]) == 12 and int(environment["code"], 16) >= 0
+    assert [len(part) for part in environment["date"].split("-")] == [4, 2, 2]
 
 
 def test_a_checkpoint_of_another_version_is_resumed(results, uninterrupted):
