@@ -1,4 +1,4 @@
-"""How fast runs are, beside a bare loop in the same process: the tables under "Cost" in the README.
+"""How fast runs are, beside a bare loop in the same process: the tables in docs/cost.md.
 
     python bench.py                              # full width, batch 90, this machine's device, all of cfg/; under four minutes
     python bench.py --width 8 --precisions bf16  # smaller, quicker

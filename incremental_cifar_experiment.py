@@ -4,7 +4,7 @@
 
 Trains a ResNet-18 on the first 5, 10, ..., 100 classes of a random class order, 200 epochs each (`cfg/README.md` lists all settings).
 The same command starts the run, resumes it after an interruption, and says so when it is finished. What appears in
-results/<experiment_name>/ is described in `incremental_cifar/run_files.py` and in the README.
+results/<experiment_name>/ is described in `incremental_cifar/run_files.py` and in docs/files.md.
 
 Source: Dohare et al., "Loss of plasticity in deep continual learning", Nature 632 (2024), Methods, "Class-incremental CIFAR-100".
 """

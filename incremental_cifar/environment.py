@@ -1,9 +1,11 @@
-"""What a run's numbers come from besides its settings: versions, device and code; and how those of two processes differ."""
+"""What a run's numbers come from besides its settings: date, versions, device and code; and how those of two processes differ."""
 
+import datetime
 import hashlib
 import importlib.metadata
 import platform
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,24 @@ from incremental_cifar.training import device_name
 # Of an environment's description, what decides whether a resumed run can equal an uninterrupted one to the bit.
 EXACTNESS_KEYS = ("torch", "triton", "cuda", "cudnn", "device", "threads", "cuda_graphs")
 
+GIT = ("git", "--no-optional-locks", "-C", str(REPOSITORY))
+GIT_SECONDS = 10  # as long as a run waits for git, which takes milliseconds where the disk is not at fault
+LONGEST_DIFFERENCE = 1 << 20  # bytes
+
 
 def describe_environment(device: torch.device, is_compiled: bool, is_recorded: bool | None) -> dict[str, str | int | bool | None]:
     """Versions, device and code that a run's numbers come from.
 
     is_compiled: Triton makes kernels of the network. is_recorded: steps are replayed from a CUDA graph; None where there are none.
     """
-    git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    git = [*GIT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=GIT_SECONDS).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         commit = None
     is_gpu = device.type == "cuda"
     return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "torch": str(torch.__version__),  # a string subclass that weights_only=True would refuse
@@ -41,6 +48,31 @@ def describe_environment(device: torch.device, is_compiled: bool, is_recorded: b
         "code": CODE,
         "cuda_graphs": is_recorded,
     }
+
+
+def code_difference() -> bytes:
+    """How the tracked files here differ from the commit (`git diff HEAD`); empty if they do not, or without git or a checkout.
+
+    Of a difference longer than LONGEST_DIFFERENCE, or one that git does not give within GIT_SECONDS, a line that says so.
+    """
+    command = [*GIT, "diff", "--relative", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD"]
+    try:
+        git = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except OSError:
+        return b""
+    too_late = threading.Timer(GIT_SECONDS, git.kill)
+    too_late.daemon = True
+    too_late.start()
+    with git:
+        difference = git.stdout.read(LONGEST_DIFFERENCE + 1)
+        if len(difference) > LONGEST_DIFFERENCE:
+            git.kill()
+    too_late.cancel()
+    if len(difference) > LONGEST_DIFFERENCE:
+        return f"# not stored: git diff HEAD is longer than {LONGEST_DIFFERENCE:,} bytes\n".encode()
+    if git.returncode < 0:
+        return f"# not stored: git diff HEAD took longer than {GIT_SECONDS} s\n".encode()
+    return difference if git.returncode == 0 else b""
 
 
 def installed_version(package: str) -> str | None:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from incremental_cifar.command_line import OneLineArgumentParser, run_script
-from incremental_cifar.config import FIELDS, REPOSITORY, TYPE_NAMES, UserError, check_key
-from incremental_cifar.safe_files import write_file
+from incremental_cifar.config import FIELDS, REPOSITORY, TYPE_NAMES, check_key
+from incremental_cifar.safe_files import around_block, write_file
 
 README = REPOSITORY / "cfg" / "README.md"
 BEGIN, END = "<!-- the table of keys: written by make docs -->\n", "<!-- end of the table of keys -->\n"
@@ -53,12 +53,8 @@ class Explain(argparse.Action):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the table into cfg/README.md. Raises UserError unless both of its marks are there, once and in this order."""
     OneLineArgumentParser(description="Write the table of keys in cfg/README.md.").parse_args(arguments)
-    begin, end = BEGIN.encode(), END.encode()
-    before, _, rest = README.read_bytes().partition(begin)
-    _, found, after = rest.partition(end)
-    if not found or begin in rest or end in before + after:
-        raise UserError(f"{README}: the table of keys goes between two lines, each there once: {BEGIN.strip()} and {END.strip()}")
-    write_file(README, before + begin + table().encode() + end + after)
+    before, _, after = around_block(README, BEGIN, END)
+    write_file(README, before + table().encode() + after)
     return 0
 
 

@@ -6,6 +6,7 @@
 An experiment's folder, results_dir/experiment_name/, holds for each index K:
 
     config_files/index-K.json                 the complete config; versions, device and code of the start, and of each resumption
+    config_files/index-K_epoch-E.diff         how the code differed from its commit at the start (E = 0) or a resumption, if it did
     <metric>/index-K.npy                      one folder per metric, see learning_curves.METRICS
     model_parameters/index-K_epoch-E.pt       state dicts: the initial network (E = 0) and the network at the end of each task
     experiment_checkpoints/index-K_epoch-E.pt what a run resumes from; the newest two
@@ -54,6 +55,7 @@ class RunFiles:
         self.checkpoint_folder = self.folder / "experiment_checkpoints"
         self.indices_file = self.folder / "experiment_indices.npy"
         self.indices_lock_file = self.folder / ".experiment_indices.lock"
+        self.lock_file = self.folder / f".index-{index}.lock"
 
     def array_file(self, metric: str) -> Path:
         return self.folder / metric / f"index-{self.index}.npy"
@@ -68,8 +70,7 @@ class RunFiles:
 
     def save_config(self, config: Config, environment: dict[str, Any]) -> None:
         content = {**config.to_dict(), "_environment": environment}
-        text = json.dumps(content, indent=1) + "\n"
-        write_file(self.config_file, text.encode())
+        write_file(self.config_file, (json.dumps(content, indent=1) + "\n").encode())
 
     def load_config(self) -> Config | None:
         """The config this run was started with, or None if it was not. Raises UserError if the file is not a config."""
@@ -156,8 +157,12 @@ class RunFiles:
         """Epoch and path of this run's models, oldest first."""
         return self._by_epoch(self.model_file(0).parent)
 
-    def _by_epoch(self, folder: Path) -> list[tuple[int, Path]]:
-        pattern = re.compile(rf"index-{self.index}_epoch-(\d+)\.pt")
+    def differences(self) -> list[tuple[int, Path]]:
+        """Epoch and path of what `code_difference` gave at the run's start and resumptions, oldest first."""
+        return self._by_epoch(self.config_file.parent, "diff")
+
+    def _by_epoch(self, folder: Path, suffix: str = "pt") -> list[tuple[int, Path]]:
+        pattern = re.compile(rf"index-{self.index}_epoch-(\d+)\.{suffix}")
         names = os.listdir(folder) if folder.is_dir() else []
         matches = [match for match in map(pattern.fullmatch, names) if match and (folder / match[0]).is_file()]
         return sorted((int(match[1]), folder / match[0]) for match in matches)
@@ -189,7 +194,7 @@ class RunFiles:
             self.mark_finished(False)
         paths = [self.array_file("class_order"), *(path for _, path in self.checkpoints())]  # without the first, no run is finished
         paths += self._released_checkpoints()
-        paths += [path for _, path in self.models()]
+        paths += [path for _, path in self.models() + self.differences()]
         paths += [*self._arrays(*ANALYSIS_FOLDERS), self.folder / "analysis_settings" / self.config_file.name, self.progress_file]
         paths += [self.config_file, *self._arrays(*METRIC_FOLDERS)]
         for path in paths:
@@ -229,10 +234,6 @@ class RunFiles:
         return read_note(self.progress_file)
 
     # --- one run, one process ---
-
-    @property
-    def lock_file(self) -> Path:
-        return self.folder / f".index-{self.index}.lock"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

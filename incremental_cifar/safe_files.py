@@ -62,6 +62,19 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
             os.close(folder)
 
 
+def around_block(path: Path, begin: str, end: str) -> tuple[bytes, bytes, bytes]:
+    """A file's content in three: to the line `begin`, with it; between; and from the line `end` on, with it.
+
+    Raises UserError unless both lines are there, once and in this order.
+    """
+    first, last = begin.encode(), end.encode()
+    before, _, rest = path.read_bytes().partition(first)
+    block, found, after = rest.partition(last)
+    if not found or first in rest or last in before + after:
+        raise UserError(f"{path}: what is written goes between two lines, each there once: {begin.strip()} and {end.strip()}")
+    return before + first, block, last + after
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder, and those above it, if they are not there. Raises OSError."""
     if not folder.is_dir():

@@ -5,10 +5,11 @@ from typing import Any
 
 from incremental_cifar.command_line import is_memory_full, warn
 from incremental_cifar.config import BEFORE_THEY_EXISTED, FREE_KEYS, Config, UserError, check_same_settings, described_differences
-from incremental_cifar.environment import changed_code, changed_exactness
+from incremental_cifar.environment import changed_code, changed_exactness, code_difference
 from incremental_cifar.learner import Learner
 from incremental_cifar.learning_curves import array_lengths
 from incremental_cifar.run_files import RESTART, RunFiles
+from incremental_cifar.safe_files import write_file
 
 
 class StoredRun:
@@ -106,6 +107,8 @@ class StoredRun:
             self.files.save_array("class_order", class_order)
         if is_new or not self.files.has_model(0):
             self.files.save_model(0, learner.network)
+        if is_new:
+            self.store_code_difference(0)
 
     def resume(self, learner: Learner, checkpoint: dict[str, Any], environment: dict[str, Any]) -> int:
         """Fill a checkpoint into the learner and return how many epochs it has done; warn where results may differ from here on."""
@@ -123,12 +126,24 @@ class StoredRun:
                 f"{before.get('commit')}), or begin it anew by {RESTART}"
             ) from None
         self.files.add_resumption(epoch, environment)
+        self.store_code_difference(epoch)
         if change := changed_code(before, environment):
             warn(f"{self.label}resuming with other code ({change}): results may differ from either's")
         if change := changed_exactness(before, environment):
             warn(f"resuming in another environment ({change}): the last bits may differ from an uninterrupted run's")
         print(f"Resuming index {self.files.index} after epoch {epoch} of {self.config.num_epochs}.")
         return epoch
+
+    def store_code_difference(self, epoch: int) -> None:
+        """Store how the code differs from its commit from this epoch on, unless it did so before; what was stored of later ones is void."""
+        before, difference = b"", code_difference()
+        for earlier, path in self.files.differences():
+            if earlier < epoch:
+                before = path.read_bytes()
+            else:
+                path.unlink(missing_ok=True)
+        if difference not in (b"", before):
+            write_file(self.files.config_file.with_name(f"index-{self.files.index}_epoch-{epoch}.diff"), difference)
 
 
 def environment_of(checkpoint: dict[str, Any]) -> dict[str, Any]:

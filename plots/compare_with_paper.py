@@ -22,7 +22,8 @@ gaps over all tasks, and the slope of the least-squares line through them over t
 what is lost grows). Their means over the runs come with standard errors, and with the same of the paper's curve.
 
 Writes comparison_with_paper.md, .png and .svg beside this script or to `--output-dir`, then prints the table; with nothing to compare,
-writes nothing. The exit status is 0; with `--strict`, 1 if at least one curve differs, or none could be judged.
+writes nothing. `--ledger` puts the verdicts into RESULTS.md, too (`plots/ledger.py`). The exit status is 0; with `--strict`, 1 if at least
+one curve differs, or none could be judged.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from scipy.stats import false_discovery_control, ttest_ind_from_stats
 
 from incremental_cifar.command_line import OneLineArgumentParser, run_script
 from incremental_cifar.config import Config, UserError
-from incremental_cifar.safe_files import check_destinations, write_file
+from incremental_cifar.safe_files import around_block, check_destinations, write_file
 from plots.drawing import (
     FULL_WIDTH,
     GREY,
@@ -53,6 +54,7 @@ from plots.drawing import (
     strokes,
     wrapped,
 )
+from plots.ledger import BEGIN, END, RESULTS, update_ledger
 from plots.output_files import write_figure
 from plots.plain_matplotlib import Figure, rc_context
 from plots.published_curves import PublishedCurve, read_published_curves
@@ -101,6 +103,7 @@ class Point(NamedTuple):
     is_hidden: bool
     reading_error: float
     p_value: float = np.nan  # adjusted for the points of the metric; NaN with one run
+    indices: tuple[int, ...] = ()  # of our runs
 
     @property
     def difference(self) -> float:
@@ -214,7 +217,8 @@ def matching_points(published_name: str, curve: Curve, paper: PublishedCurve) ->
         if (number := ours.get(int(number_of_classes))) is not None:
             our_values = float(mean[number]), float(standard_error[number]), int(count[number])
             paper_values = float(paper_mean), float(paper_standard_error), bool(hidden), float(reading_error)
-            points.append(Point(published_name, curve.algorithm, int(number_of_classes), *our_values, *paper_values))
+            indices = tuple(np.array(curve.indices)[np.isfinite(curve.values[:, number])].tolist())
+            points.append(Point(published_name, curve.algorithm, int(number_of_classes), *our_values, *paper_values, indices=indices))
     return points
 
 
@@ -486,8 +490,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="exit status 1 if at least one curve differs (by chance, one of a metric does in at most 1 of 20 cases), or none is judged",
     )
+    parser.add_argument(
+        "--ledger", type=Path, nargs="?", const=RESULTS, metavar="PATH", help="put the verdicts into this file (default RESULTS.md), too"
+    )
     parsed = parser.parse_args(arguments)
     check_destinations(*output_paths(parsed.output_dir))
+    if parsed.ledger is not None:
+        check_destinations(parsed.ledger)
+        around_block(parsed.ledger, BEGIN, END)
     return parsed
 
 
@@ -510,6 +520,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_file(table_path, markdown(points, gap_table, remarks).encode())
         write_figure(figure, *figure_paths)
         print(f"Wrote {table_path}")
+    if points and parsed.ledger is not None:
+        verdicts = {curve: (of_curve, common_verdict(of_curve)) for curve, of_curve in by_curve(points).items()}
+        remarks += update_ledger(parsed.ledger, parsed.results_dir, published, verdicts)
+        print(f"Wrote {parsed.ledger}")
     for remark in remarks:
         print("Note: " + remark)
     if points:

@@ -54,7 +54,7 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["incremental_cifar_experiment"])
 
 
-# How often the tests of crash safety try: a few times, or with STRESS=1 (`make stress`) as often as the README says.
+# How often the tests of crash safety try: a few times, or with STRESS=1 (`make stress`) as often as docs/reliability.md says.
 STRESS = os.environ.get("STRESS") == "1"
 stress_counts: dict[str, str] = {}  # what they count, for the table at the end
 

@@ -1,7 +1,7 @@
 """What a run survives: kill -9 at any moment, a full disk, damaged checkpoints, other processes, hostile settings.
 
-`make test` tries each a few times; `make stress` as often as the README's table says. The hooks that choose a moment are here: the code
-under test has none.
+`make test` tries each a few times; `make stress` as often as the table in docs/reliability.md says. The hooks that choose a moment are
+here: the code under test has none.
 """
 
 import builtins

@@ -16,6 +16,7 @@ import torch
 from conftest import ALGORITHMS, REPOSITORY, TINY, everything_in, stored_results, tiny_arguments
 
 import post_run_analysis
+from incremental_cifar import stored_run
 from incremental_cifar.cifar100 import draw_synthetic_images
 from incremental_cifar.command_line import run_script
 from incremental_cifar.config import UserError
@@ -612,6 +613,7 @@ def test_other_code_than_the_last_checkpoints_is_named(before, here, named, resu
     describe = script_module.describe_environment
     present = {"commit": here[0], "code": here[1]}
     monkeypatch.setattr(script_module, "describe_environment", lambda *arguments: describe(*arguments) | present)
+    monkeypatch.setattr(stored_run, "code_difference", lambda: b"changed")
     config_file = results / BASE / "config_files" / "index-0.json"
     started = json.loads(config_file.read_text())
     monkeypatch.setattr(script_module.IncrementalCIFARExperiment, "run_tasks", lambda *_: 1 / 0)
@@ -625,11 +627,13 @@ def test_other_code_than_the_last_checkpoints_is_named(before, here, named, resu
     resumptions = stored.pop("_resumptions")
     assert stored == started
     assert [(entry["epoch"], entry["commit"], entry["code"]) for entry in resumptions] == [(6, *here)] * 2
+    assert config_file.with_name("index-0_epoch-6.diff").read_bytes() == b"changed"
 
 
 def test_the_code_of_a_run_is_known_without_commits(results):
     environment = json.loads((results / BASE / "config_files" / "index-0.json").read_text())["_environment"]
     assert len(environment["code"]) == 12 and int(environment["code"], 16) >= 0
+    assert [len(part) for part in environment["date"].split("-")] == [4, 2, 2]
 
 
 def test_a_checkpoint_of_another_version_is_resumed(results, uninterrupted):

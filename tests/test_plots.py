@@ -6,6 +6,8 @@ import json
 import math
 import os
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 
@@ -18,8 +20,10 @@ from matplotlib.text import Text
 from scipy.stats import ttest_ind
 
 from incremental_cifar.command_line import run_script
+from incremental_cifar.safe_files import around_block
 from plots import compare_with_paper, draw_all, drawing, plot_incremental_cifar_results, plot_paper_figure, run_results
 from plots.drawing import COLOURS, STYLE, spread, strokes
+from plots.ledger import BEGIN, END, RESULTS
 from plots.output_files import write_figure
 from plots.published_curves import read_published_curves
 from plots.run_results import ALGORITHM_LABELS, METRICS, algorithm_label, axis_text, find_metrics, mean_and_standard_error, metric_of
@@ -1060,6 +1064,88 @@ def test_figure_of_differences_shows_the_points(results):
     assert line_values(differing)[0] == [point.number_of_classes for point in of_accuracy if point.verdict == "differs"]
     np.testing.assert_allclose(differing.get_ydata(), 2.0, atol=1e-4)
     assert band_at(axes, 100) == pytest.approx((-of_accuracy[-1].error, of_accuracy[-1].error))
+
+
+# --- The ledger ----------------------------------------------------------------------------------------------------------------------
+
+CLAIM = "# Results\n\nBy hand: é.\n\n"
+
+
+@pytest.fixture
+def ledger(results, tmp_path, monkeypatch, capsys):
+    """Compare, without drawing, and put the verdicts into a ledger; returns what was printed, and the rows by metric and algorithm."""
+    monkeypatch.setattr(compare_with_paper, "draw_differences", lambda *_: None)
+    monkeypatch.setattr(compare_with_paper, "write_figure", lambda *_: None)
+    path = tmp_path / "RESULTS.md"
+    path.write_text(f"{CLAIM}{BEGIN}{END}\nAfter.\n")
+
+    def write():
+        status, out, err = run(compare_with_paper, capsys, "--results_dir", results, "--output-dir", tmp_path, "--ledger", path)
+        assert status == 0, err
+        text = path.read_text()
+        assert text.startswith(CLAIM + BEGIN) and text.endswith(END + "\nAfter.\n")
+        lines = text.partition(BEGIN)[2].partition(END)[0].splitlines()
+        return out, {tuple(cells[1:3]): cells[3:-1] for line in lines[2:] if (cells := [cell.strip() for cell in line.split("|")])}
+
+    return write
+
+
+def test_the_ledger_has_a_row_for_every_curve_of_the_paper(results, ledger, tmp_path):
+    papers_runs(results, num_runs=3, algorithms=[BASE])
+    papers_runs(results, num_runs=3, algorithms=[CBP], shift=-9)
+    for index, commit in enumerate(("a" * 40, "a" * 40, f"{'b' * 40}-dirty")):
+        path = results / BASE / "config_files" / f"index-{index}.json"
+        environment = {"date": f"2026-01-0{index + 1}", "device": "A|B", "commit": commit}
+        resumed = [{"device": "C", "date": "2026-02-01"}] if index == 1 else "damaged"
+        config = {"_environment": environment, "_resumptions": resumed, "precision": "bf16", "stepsize": 0.1, "results_dir": "/x"}
+        path.write_text(json.dumps(config))
+    out, rows = ledger()
+    assert list(rows) == list(read_published_curves()) and "recorded" not in out
+    row = rows["test_accuracy", BASE]
+    assert row[3] == "71.093 ± 0.289, paper 71.093, verified"  # values 0.5 apart: a standard deviation of 0.5
+    origin = ["2026-01-01 to 2026-02-01", "A/B, C", "precision=bf16", "aaaaaaaaaaaa, bbbbbbbbbbbb-dirty"]
+    assert row[4:] == ["3 (index 0-2)", "verified", *origin]
+    assert rows["test_accuracy", CBP][3:] == ["67.136 ± 0.289, paper 76.136, differs", "3 (index 0-2)", "differs", "-", "-", "-", "-"]
+    assert rows["relative_accuracy", BASE] == ["paper -0.277", "paper 0.936", "paper -0.248", "paper -4.969", "-", "not run yet", *"----"]
+    before = (tmp_path / "RESULTS.md").read_bytes()
+    assert ledger()[1] == rows and (tmp_path / "RESULTS.md").read_bytes() == before
+
+
+def test_the_ledger_keeps_what_had_more_runs_or_numbers(results, ledger):
+    papers_runs(results, num_runs=2, algorithms=[BASE, CBP])
+    _, rows = ledger()
+    shutil.rmtree(results)
+    papers_runs(results, num_runs=1, algorithms=[BASE], shift=1)
+    store(results, "head_resetting", 4, test_accuracy_per_epoch=[0.9] * 1000)
+    store(results, RETRAINED, 4, test_accuracy_per_epoch=[0.9] * 1000)
+    out, again = ledger()
+    assert again.pop(("test_accuracy", "head_resetting"))[:6] == [
+        *("90.000, paper 89.841", "90.000, paper 85.059", "paper 80.854", "paper 73.690"),
+        *("1 (index 4)", "one run, not judged"),
+    ]
+    new = [("relative_accuracy", "head_resetting"), ("test_accuracy", RETRAINED)]
+    assert [key for key in again if again[key] != rows[key]] == new
+    assert "Note: RESULTS.md: what is recorded of test_accuracy, base_deep_learning_system has more numbers or runs, and stays\n" in out
+    papers_runs(results, num_runs=3, algorithms=[BASE], shift=1)
+    out, again = ledger()
+    assert again["test_accuracy", BASE][4] == "3 (index 0-2)" and "recorded" not in out
+
+
+@pytest.mark.parametrize("text", [None, "", BEGIN, END + BEGIN, BEGIN + BEGIN + END], ids=range(5))
+def test_a_ledger_without_its_two_lines_is_one_line_before_any_work(results, tmp_path, capsys, text):
+    papers_runs(results, num_runs=2, algorithms=[BASE])
+    path = tmp_path / "RESULTS.md"
+    if text is not None:
+        path.write_text(text)
+    before = everything_in(tmp_path)
+    message = f"{path}: what is written goes between two lines" if text is not None else str(path)
+    assert_one_line(*run(compare_with_paper, capsys, "--results_dir", results, "--output-dir", tmp_path, "--ledger", path), message)
+    assert everything_in(tmp_path) == before
+
+
+def test_the_ledger_of_this_repository_has_the_papers_curves():
+    _, block, _ = around_block(RESULTS, BEGIN, END)
+    assert re.findall(r"^\| (\w+) \| (\w+) \| .*paper", block.decode(), re.MULTILINE) == list(read_published_curves())
 
 
 # --- Bad input -----------------------------------------------------------------------------------------------------------------------

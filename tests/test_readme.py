@@ -1,5 +1,7 @@
-"""What the README says exists, and its tables are those of the code."""
+"""What the README and the other pages say exists and works, and their tables are those of the code."""
 
+import glob
+import importlib
 import re
 import shlex
 import shutil
@@ -8,49 +10,88 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY, TINY
 
-import incremental_cifar_experiment
 from incremental_cifar.config import FIELDS, UserError, differing_keys, load_config
 from incremental_cifar.learning_curves import METRICS
+from incremental_cifar.resnet import build_network
 
-OWN = "gradient_clipping"  # the algorithm that the README writes as an example
-DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "cfg" / "README.md"]
+OWN = "gradient_clipping"  # the algorithm that docs/your_algorithm.md writes as an example
+DOCS = REPOSITORY / "docs"
+DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "RESULTS.md", REPOSITORY / "cfg" / "README.md", *sorted(DOCS.glob("*.md"))]
+of_each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_the_readme_is_two_screens_long():
+    lines = (REPOSITORY / "README.md").read_text().splitlines()
+    assert len(lines) <= 110 and [line for line in lines if len(line) > 120] == []
+
+
+@of_each_document
 def test_links_and_files_exist(document):
     text = document.read_text()
     links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
-    files = re.findall(r"`((?:incremental_cifar/|plots/|cfg/|tests/)?[\w/]+\.(?:py|json|md|txt))`", text)
-    folders = (REPOSITORY, document.parent, REPOSITORY / "incremental_cifar" / "algorithms")
+    files = re.findall(r"`([\w/]+\.(?:py|json|md|txt|sh|cff|csv))`", text)
+    parts = REPOSITORY / "incremental_cifar"
+    folders = (REPOSITORY, document.parent, parts, parts / "algorithms")
     missing = [name for name in {*links, *files} if not any((folder / name).exists() for folder in folders) and OWN not in name]
     assert missing == []
-    assert len(files) >= 5
+
+
+def test_every_page_is_found_from_the_readme():
+    """By links, the pages' own among them."""
+    found, todo = set(), [REPOSITORY / "README.md"]
+    while todo:
+        page = todo.pop().resolve()
+        if page not in found and page.suffix == ".md" and page.exists():
+            found.add(page)
+            todo += [page.parent / link for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())]
+    assert found >= set(DOCUMENTS)
 
 
 def test_make_targets_exist():
     targets = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
-    mentioned = set(re.findall(r"(?:`|    )make ([a-z]+)", (REPOSITORY / "README.md").read_text()))
+    mentioned = set(re.findall(r"(?:`|    )make ([a-z]+)", "".join(document.read_text() for document in DOCUMENTS)))
     assert {"demo", "test", "bench"} <= mentioned <= targets
 
 
 def test_every_metric_has_its_row():
-    rows = re.findall(r"^\| `(\w+)/index-K\.npy` \| ([\d,]+) \| (\w+) \| (.+) \|$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)/index-K\.npy` \| ([\d,]+) \| (\w+) \| (.+) \|$", (DOCS / "files.md").read_text(), re.MULTILINE)
     expected = [(name, metric.length, metric.dtype, metric.meaning) for name, metric in METRICS.items()]
     assert [row for row in rows if row[0] in METRICS] == expected
 
 
-def test_commands_of_the_experiment_are_valid():
-    lines = (REPOSITORY / "README.md").read_text().splitlines()
-    commands = [line for line in lines if line.startswith("    ") and "incremental_cifar_experiment.py --config" in line]
-    assert commands != []
-    for command in commands:
-        words = shlex.split(command)
-        config, indices, _ = incremental_cifar_experiment.parse_arguments(words[2:])
-        assert indices == [0] and config.num_tasks == 20
-    for overrides in re.findall(r"`--set ((?:[a-z_]+=[^\s`]+ ?)+)", (REPOSITORY / "README.md").read_text()):
+@of_each_document
+def test_documented_commands_are_valid(document, monkeypatch):
+    """Each command in a block is one that its script understands; of a shell's loop, with the first of the values."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr("bench.check_released", lambda checkout: None)  # the released code's, a PATH in the command
+    text = document.read_text().replace("\\\n", " ")
+    for line in re.findall(r"^    (.*\.py\b.*)$", text, re.MULTILINE):
+        for name, value in re.findall(r"for (\w+) in (\S+)", line):
+            line = line.replace(f"${name}", value)
+        words = shlex.split(line.partition(" do ")[2].partition(";")[0] if " do " in line else line, comments=True)
+        assert words[0] == ".venv/bin/python", line
+        if words[1] == "-m":  # mlproj-manager's runner
+            continue
+        arguments = [path for word in words[2:] for path in (glob.glob(word) if "*" in word else [word])]
+        script = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
+        if arguments or words[1] != "plots/draw_all.py":
+            script.parse_arguments(arguments)
+    assert all((REPOSITORY / name).is_file() for name in re.findall(r"^    (runs/\S+)", text, re.MULTILINE))
+    for overrides in re.findall(r"`--set ((?:[a-z_]+=[^\s`]+ ?)+)", text):
         assert {word.partition("=")[0] for word in overrides.split()} <= set(FIELDS)
+
+
+def test_a_stored_model_is_loaded_as_the_page_says(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "files.md").read_text(), re.DOTALL)
+    (path,) = re.findall(r'"(results/.*\.pt)"', code)
+    stored = build_network(3, width=1)
+    torch.save(stored.state_dict(), tmp_path / "model.pt")
+    names = {}
+    exec(code.replace(path, str(tmp_path / "model.pt")).replace("width=64", "width=1"), names)
+    assert all(torch.equal(tensor, stored.state_dict()[name]) for name, tensor in names["network"].state_dict().items())
 
 
 # The released code's settings (`IncrementalCIFARExperiment.__init__` and `main` there) and their defaults; None: it fails without them.
@@ -92,15 +133,14 @@ def test_settings_are_read_as_the_table_of_differences_says(tmp_path):
     path.write_text('{"debugging": false}')
     with pytest.raises(UserError, match='unknown key "debugging"; did you mean "debug"'):
         load_config(path)
-    text = (REPOSITORY / "README.md").read_text()
-    rows = dict(re.findall(r"^\| (.+?) \|.* \| (.+?) \|$", text.partition("## Differences")[2].partition("\n## ")[0], re.MULTILINE))
+    rows = dict(re.findall(r"^\| (.+?) \|.* \| (.+?) \|$", (DOCS / "released_code.md").read_text(), re.MULTILINE))
     assert rows["`debug`"] == "accepted, without effect" and rows["keys that are not known"] == "refused"
     assert rows["`num_workers`"].endswith(f"default {FIELDS['num_workers'].default}") and rows["`noise_std: 0`, not `0.0`"] == "no noise"
 
 
-def test_the_algorithm_of_the_readme_works_like_those_that_are_there(tmp_path):
-    """Put where the README says: interrupted, recorded, analysed, drawn and explained, and the table of keys is made with it."""
-    section = (REPOSITORY / "README.md").read_text().partition("## To write your own algorithm")[2]
+def test_ones_own_algorithm_works_like_those_that_are_there(tmp_path):
+    """Put where its page says: interrupted, recorded, analysed, drawn and explained, and the table of keys is made with it."""
+    section = (DOCS / "your_algorithm.md").read_text()
     (own_file, field, switch), (config,) = (re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL)[:3] for kind in ("python", "json"))
     copy = tmp_path / "repository"
     shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(".*", "data", "results", "__pycache__"))
