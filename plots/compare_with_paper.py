@@ -29,6 +29,7 @@ one curve differs, or none could be judged.
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -192,10 +193,12 @@ def slopes(positions: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def only_the_papers(runs: dict[str, list[Run]]) -> tuple[dict[str, list[Run]], list[str]]:
-    """The runs of the paper's problem and analysis, and a remark for each group of others."""
+    """The runs of the paper's problem and analysis, and a remark for each group of others; runs of fewer tasks are the beginning of it."""
     kept: dict[str, list[Run]] = {}
     groups: dict[tuple[str, str], list[int]] = {}
     for run in flattened(runs):
+        if run.sizes.num_tasks < Config().num_tasks:
+            run = run._replace(sizes=replace(run.sizes, num_tasks=Config().num_tasks))
         if differences := size_differences(run.sizes):
             groups.setdefault((run.algorithm, f"another experiment than the paper's ({differences})"), []).append(run.index)
         elif run.analysis not in (None, AnalysisSettings()):

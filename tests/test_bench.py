@@ -215,14 +215,14 @@ def test_on_a_gpu_every_option_of_the_bench_works(options, checkout):
     if "--released" in options:
         options = [*options, str(checkout), "--data-path", "data"]
     command = [sys.executable, str(REPOSITORY / "bench.py"), "--device", str(GPU), "--width", "8", "--batch-size", "45", "--classes", "2"]
-    command += ["--turns", "1", *options]
+    command += [*ONE, "--turns", "1", *options]
     benched = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert benched.returncode == 0, benched.stderr
     warnings = [line for line in benched.stderr.splitlines() if line.startswith("warning: ") and "--profile" not in line]
     assert warnings == []
     found = tables(benched.stdout)
     variants = [row[1] for row in found["variant"]]
-    assert {"bare loop", *ALGORITHMS} <= set(variants) and all(float(row[2]) > 0 for row in found["variant"])
+    assert {"bare loop", BASE, CBP} <= set(variants) and all(float(row[2]) > 0 for row in found["variant"])
     assert {row[0] for row in found["variant"]} == {"tf32", "bf16"} & set(options)
     assert "--compile" not in options or any("compile" in name for name in variants)
     assert {"epoch or run", "side by side"} <= found.keys()

@@ -1034,6 +1034,14 @@ def test_one_run_is_too_few_to_claim_anything(results, tmp_path, capsys):
     assert run(compare_with_paper, capsys, *arguments, "--strict")[0] == 1
 
 
+def test_runs_of_fewer_tasks_are_the_beginning_of_the_papers(results, tmp_path, capsys):
+    accuracies = read_published_curves()["test_accuracy", CBP].mean[:3] / 100
+    for index, offset in enumerate((-0.005, 0, 0.005)):
+        store(results, CBP, index, {"num_tasks": 3}, test_accuracy_per_epoch=np.repeat(accuracies + offset, 200))
+    status, out, _ = run(compare_with_paper, capsys, "--results_dir", results, "--output-dir", tmp_path, "--strict")
+    assert status == 0 and out.splitlines()[-1].startswith("1 of 1 curves agree, 3 of 3 points") and "another experiment" not in out
+
+
 def test_other_experiments_are_named_and_left_out(results, tmp_path, capsys):
     store(results, BASE, 0, SMALL | {"dataset": "synthetic"}, test_accuracy_per_epoch=[0.5] * 6)
     store(results, BASE, 1, SMALL | {"dataset": "synthetic"}, test_accuracy_per_epoch=[0.5] * 6)
@@ -1043,7 +1051,7 @@ def test_other_experiments_are_named_and_left_out(results, tmp_path, capsys):
     assert status == 0 and out.splitlines()[-1] == "Nothing compared: no run of the paper's experiment here; nothing written."
     notes = [line for line in out.splitlines() if "another experiment" in line]
     assert len(notes) == 1 and "base_deep_learning_system: indices 0, 1 left out" in notes[0]
-    assert "dataset synthetic instead of cifar100, num_tasks 3 instead of 20" in notes[0]
+    assert "(dataset synthetic instead of cifar100, classes_per_task 4" in notes[0]  # that there are fewer tasks is no other experiment
     assert not output.exists()
     assert run(compare_with_paper, capsys, *arguments, "--strict")[0] == 1
     papers_runs(results, num_runs=4, algorithms=[CBP])
