@@ -49,6 +49,7 @@ from plots.run_results import (
     METRICS,
     RELATIVE,
     RETRAINED,
+    Curve,
     Metric,
     MetricCurves,
     add_results_argument,
@@ -59,6 +60,7 @@ from plots.run_results import (
     flattened,
     legible,
     make_curves,
+    mean_and_standard_error,
     metric_of,
     read_runs,
     size_differences,
@@ -125,6 +127,19 @@ def draw_metric(
     return figure
 
 
+def last_points(curves: Sequence[Curve], per_epoch: bool) -> str:
+    """One line: where each curve ends, mean and standard error in the unit of the axis, and the runs that reach there."""
+    texts = []
+    for curve in curves:
+        mean, standard_error, count = mean_and_standard_error(curve.values)
+        if len(there := np.flatnonzero(count)):
+            end = there[-1]
+            error = f" ± {standard_error[end]:.4g}" if count[end] > 1 else ""
+            where = f"epoch {curve.positions[end]}" if per_epoch else f"{curve.positions[end]} classes"
+            texts.append(f"{legible(curve.algorithm)} {mean[end]:.4g}{error} at {where} (n = {count[end]})")
+    return "; ".join(texts)
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, checked as far as that needs no results. Raises UserError."""
     parser = OneLineArgumentParser(description="Draw one metric of stored runs: mean and +- 1 standard error per algorithm.")
@@ -178,6 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("Note: " + note)
     if escaped := [f"{name!r} is {algorithm_label(name)}" for name in runs if legible(name) != name]:
         print("Note: in the figure, characters that its font cannot show are escaped: " + ", ".join(escaped))
+    print(f"{parsed.metric}: {last_points(shown.curves, parsed.per_epoch)}")
     with rc_context(STYLE):
         figure = draw_metric(metric, shown, parsed.per_epoch, published, notes)
     write_figure(figure, parsed.output)
