@@ -41,7 +41,7 @@ from incremental_cifar.run_files import RunFiles
 from incremental_cifar.seeds import Purpose, draw_class_order, generator_for, run_seeds
 from incremental_cifar.side_by_side import run_side_by_side, show_failures
 from incremental_cifar.stored_run import StoredRun, environment_of
-from incremental_cifar.trackers import TRACKER_NAMES, Tracking, tracker_name
+from incremental_cifar.trackers import Tracking, tracker_name
 from incremental_cifar.training import choose_device, evaluate, set_arithmetic, set_stepsize, stepsize_at, train_one_epoch
 
 # What mlproj-manager adds to the settings of an experiment that it runs.
@@ -179,9 +179,9 @@ class IncrementalCIFARExperiment(Experiment):
         If `stop` asks for it, leaves with SystemExit after the current epoch.
         """
         config, learner = self.config, self.learner
-        self.progress = Progress(self.files, config, learner.curves, self.first_epoch, self.verbose, self.label, self.bar_position)
         self.tracking = Tracking(self.track, self.files, config, learner.curves, self.label)
-        with self.progress.bar, self.tracking:
+        self.progress = Progress(self.files, config, learner.curves, self.first_epoch, self.verbose, self.label, self.bar_position)
+        with self.progress.bar, contextlib.closing(self.tracking):
             self.tracking.update(self.first_epoch)
             for task in range(self.first_epoch // config.epochs_per_task, config.num_tasks):
                 classes = self.class_order[: config.num_classes_seen(task)]
@@ -305,7 +305,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Config, list[int],
         help="0, 1, ...: decides seed, class order and initial weights (default 0); 0-3 or 0,2: several runs in one process",
     )
     parser.add_argument("--verbose", action="store_true", help="print losses, accuracies and times instead of a progress bar")
-    parser.add_argument("--track", type=tracker_name, metavar="NAME", help=f"record it too in {TRACKER_NAMES}")
+    parser.add_argument("--track", type=tracker_name, metavar="NAME", help="a tracker: tensorboard, wandb or trackio")
     parser.add_argument("--restart", action="store_true", help="delete what is there of these indices, and begin them anew")
     parser.add_argument("--without-models", action="store_true", help="resume, and finish, although stored models are gone")
     parser.add_argument(
