@@ -38,7 +38,7 @@ from incremental_cifar.learner import Learner, first_line, user_errors
 from incremental_cifar.learning_curves import METRICS
 from incremental_cifar.progress import Progress
 from incremental_cifar.run_files import RunFiles
-from incremental_cifar.seeds import Purpose, draw_class_order, generator_for, run_seeds
+from incremental_cifar.seeds import Purpose, draw_class_order, experiment_seed, generator_for
 from incremental_cifar.side_by_side import run_side_by_side, show_failures
 from incremental_cifar.stored_run import StoredRun, environment_of
 from incremental_cifar.trackers import Tracking, tracker_name
@@ -84,8 +84,9 @@ class IncrementalCIFARExperiment(Experiment):
         self.track = track
         self.results_dict: dict[str, np.ndarray] = {}
 
-        class_order_seed, self.random_seed = run_seeds(run_index, config)
-        self.class_order = draw_class_order(class_order_seed)  # (100,)
+        index_seed = experiment_seed(run_index)
+        self.random_seed = index_seed if config.training_seed is None else config.training_seed
+        self.class_order = draw_class_order(index_seed if config.class_order_seed is None else config.class_order_seed)  # (100,)
         self.files = RunFiles(folder, run_index)
         self.device = choose_device(config.device)
         stored_config = None if restart else self.files.load_config()

@@ -76,10 +76,10 @@ class Progress:
         self.bar.set_postfix_str(f"epoch {epoch + 1}, test accuracy {accuracy:.3f}", refresh=False)
         if self.is_verbose:
             values = self.curves.epoch_values(epoch, slice(self.first_step, self.config.steps_before(epoch + 1)))
-            self.say(f"\ttraining loss: {values['train_loss_per_epoch']:.4f}")
             for name in ("validation", "test"):
                 self.say(f"\t{name} accuracy: {values[f'{name}_accuracy_per_epoch']:.4f}, loss: {values[f'{name}_loss_per_epoch']:.4f}")
             left = datetime.timedelta(seconds=round(self.seconds_left(epoch + 1)))
+            self.say(f"\ttraining loss: {values['train_loss_per_epoch']:.4f}")
             self.say(f"\tepoch run time: {values['epoch_runtime']:.2f} s, time left: {left}")
 
     def say(self, text: str) -> None:

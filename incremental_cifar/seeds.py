@@ -12,7 +12,7 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-from incremental_cifar.config import NUM_CLASSES, NUM_SEEDS, Config, UserError
+from incremental_cifar.config import NUM_CLASSES, NUM_SEEDS, UserError
 
 
 class Purpose(IntEnum):
@@ -41,12 +41,6 @@ def experiment_seed(index: int) -> int:
 
     with torch.random.fork_rng(devices=[]):
         return int(get_random_seeds()[index])
-
-
-def run_seeds(index: int, config: Config) -> tuple[int, int]:
-    """The seeds of a run's class order and of its training: the config's, or the index's where that has none. Raises UserError."""
-    seed = experiment_seed(index)
-    return tuple(seed if given is None else given for given in (config.class_order_seed, config.training_seed))
 
 
 def draw_class_order(random_seed: int) -> np.ndarray:

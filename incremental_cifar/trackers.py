@@ -1,24 +1,24 @@
 """A run's record in a tracker, where --track asks for one; its package is imported only then. docs/numbers.md tells more.
 
-Another tracker is a class with the three methods of TensorBoard, and a row in TRACKERS under the name of its package.
+Another tracker is a class with the three methods of TensorBoard, and an entry in TRACKERS under the name of its package.
 """
 
-import contextlib
 import importlib.util
 import json
 import os
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from incremental_cifar.command_line import warn
 from incremental_cifar.config import Config, UserError
-from incremental_cifar.learning_curves import LearningCurves
 from incremental_cifar.run_files import RunFiles
-from incremental_cifar.safe_files import make_folder, read_note, write_note
+from incremental_cifar.safe_files import read_note, write_note
+
+if TYPE_CHECKING:
+    from incremental_cifar.learning_curves import LearningCurves  # it imports PyTorch
 
 
 class TensorBoard:
@@ -67,8 +67,7 @@ class Trackio(WeightsAndBiases):
     def begin(self, folder: Path, key: str, config: dict[str, Any]) -> int:
         import trackio
 
-        group = config["experiment_name"]
-        name = f"{group} {config['index']} {key}"  # by which it goes on
+        name, group = f"{config['experiment_name']} {config['index']} {key}", config["experiment_name"]
         self.run = trackio.init("incremental-cifar", name, group=group, config=config, resume="allow", embed=False)
         return max(self.run._next_step - 1, 0)  # nothing public says it
 
@@ -86,42 +85,31 @@ def tracker_name(name: str) -> str:
 
 
 class Tracking:
-    """The record of a run in the tracker of this name; None: there is none.
+    """The record of a run in the tracker of this name, if any: every epoch once, also where a resumed run repeats it or it was lost."""
 
-    Every epoch is there once: those that a resumed run repeats are passed over, being the same numbers, and those that the record lacks come
-    from the curves. What a tracker raises is said once, and ends the record until the run is resumed.
-    """
-
-    def __init__(self, name: str | None, files: RunFiles, config: Config, curves: LearningCurves, label: str):
+    def __init__(self, name: str | None, files: RunFiles, config: Config, curves: "LearningCurves", label: str):
         self.name, self.config, self.curves, self.label = name, config, curves, label
         self.tracker: Any = TRACKERS[name]() if name else None
-        self.num_epochs = 0  # in the record
-        with self.surviving():
-            if self.tracker is not None:
-                folder = files.folder / "tracking" / f"index-{files.index}"
-                make_folder(folder)
-                key = read_note(folder / f"{name}.json").get("key") or secrets.token_hex(4)
-                write_note(folder / f"{name}.json", {"key": key})
-                self.num_epochs = self.tracker.begin(folder, key, {"index": files.index, **config.to_dict()})
+        if self.tracker is not None:
+            note = files.folder / "tracking" / f"index-{files.index}" / f"{name}.json"
+            key = read_note(note).get("key") or secrets.token_hex(4)
+            write_note(note, {"key": key})
+            self.num_epochs = self.call("begin", note.parent, key, {"index": files.index, **config.to_dict()})
 
     def update(self, num_epochs: int) -> None:
         """Add what the record lacks of the run's first so many epochs."""
-        with self.surviving():
-            while self.tracker is not None and self.num_epochs < num_epochs:
-                steps = slice(*map(self.config.steps_before, (self.num_epochs, self.num_epochs + 1)))
-                self.tracker.record(self.num_epochs + 1, self.curves.epoch_values(self.num_epochs, steps))
-                self.num_epochs += 1
+        while self.tracker is not None and self.num_epochs < num_epochs:
+            steps = slice(*map(self.config.steps_before, (self.num_epochs, self.num_epochs + 1)))
+            self.call("record", self.num_epochs + 1, self.curves.epoch_values(self.num_epochs, steps))
+            self.num_epochs += 1
 
     def close(self) -> None:
-        with self.surviving():
-            if self.tracker is not None:
-                self.tracker.end()
+        self.call("end")
 
-    @contextlib.contextmanager
-    def surviving(self) -> Iterator[None]:
+    def call(self, method: str, *arguments: Any) -> Any:
+        """What the tracker answers. What it raises is said once, and ends the record until the run is resumed."""
         try:
-            yield
+            return getattr(self.tracker, method)(*arguments) if self.tracker is not None else None
         except Exception as error:  # of whatever kind a package of others raises
-            self.tracker = None
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            self.tracker, reason = None, " ".join(str(error).split())[:200] or type(error).__name__
             warn(f"{self.label}--track {self.name}: {reason}; the run goes on without it, and adds what is missing when it is resumed")

@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the parts are found wherever this script is called from
 
@@ -23,15 +22,11 @@ from incremental_cifar.config import Config, UserError, read_sizes
 from incremental_cifar.safe_files import check_destinations, write_file
 from plots.run_results import add_results_argument, algorithm_folders, read_values
 
-if TYPE_CHECKING:
-    import pandas  # otherwise imported where a table is made: it takes a second
-
-PACKAGES = {".csv": ("pandas",), ".parquet": ("pandas", "pyarrow")}  # what a file of this ending needs
-STEPS_PER_WINDOW = 25  # as in learning_curves.py, which imports PyTorch
 METRICS = re.compile(r"class_order|accuracy_per_class_in_order|.*_(per_epoch|runtime|per_checkpoint|analysis)")
+STEPS_PER_WINDOW = 25  # as in learning_curves.py, which imports PyTorch
 
 
-def results_table(results_dir: str | os.PathLike) -> "pandas.DataFrame":
+def results_table(results_dir: str | os.PathLike) -> "pandas.DataFrame":  # noqa: F821 (imported below: it takes a second)
     """All values of all runs in a folder of results: columns algorithm, index, metric, task, number_of_classes, epoch, value.
 
     value is what is stored, NaN where a run has none; a metric of a run has its rows together, in the order of its array; tasks and epochs
@@ -45,33 +40,31 @@ def results_table(results_dir: str | os.PathLike) -> "pandas.DataFrame":
             metric, index = path.parent.name, path.stem.removeprefix("index-")
             if METRICS.fullmatch(metric) and index.isdecimal():
                 config_file = path.parent.parent / "config_files" / f"{path.stem}.json"
-                task, classes, epoch = positions(metric, read_sizes(config_file)[0])
-                values = read_values(path, len(task), "values", -np.inf, np.inf)
-                if len(values) != len(task) and not config_file.is_file():
+                columns = positions(metric, read_sizes(config_file)[0])
+                values = read_values(path, len(columns["task"]), "values", -np.inf, np.inf)
+                if len(values) != len(columns["task"]) and not config_file.is_file():
                     raise UserError(f"{path}: not as long as the paper's; copy {config_file} too, which says what it holds")
-                names = {"algorithm": algorithm, "index": int(index), "metric": metric}
-                columns = {"task": task, "number_of_classes": classes, "epoch": epoch}
                 columns = {name: column[: len(values)] for name, column in columns.items()}
-                parts.append(pandas.DataFrame({**names, **columns, "value": values}, index=range(len(values))))
+                parts.append(pandas.DataFrame({"algorithm": algorithm, "index": int(index), "metric": metric, **columns, "value": values}))
     if not parts:
         raise UserError(f"{results_dir}: no runs here; --results_dir names the folder that holds one folder per algorithm")
     return pandas.concat(parts).sort_values(["algorithm", "index", "metric"], kind="stable", ignore_index=True)
 
 
-def positions(metric: str, config: Config) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def positions(metric: str, config: Config) -> dict[str, np.ndarray]:
     """Task, number of classes and epoch of each value that a finished run has of a metric: integers (values,)."""
-    task = np.arange(1, config.num_tasks + 1)
-    if metric in ("class_order", "accuracy_per_class_in_order"):
-        classes = np.arange(1, (100 if metric == "class_order" else config.num_classes_seen(config.num_tasks - 1)) + 1)
-        return -(-classes // config.classes_per_task), classes, np.full_like(classes, config.num_epochs)
-    if metric.endswith("_analysis"):
-        return task, config.classes_per_task * task, config.epochs_per_task * (task - (not metric.startswith("average_online")))
-    epoch = np.arange(1, config.num_epochs + 1)
+    task, epoch = np.arange(1, config.num_tasks + 1), np.arange(1, config.num_epochs + 1)
+    classes = np.arange(1, (100 if metric == "class_order" else config.num_tasks * config.classes_per_task) + 1)
+    if metric.endswith("_in_order") or metric == "class_order":  # in the task that brings a class; it is that number in the order
+        return {"task": -(-classes // config.classes_per_task), "number_of_classes": classes, "epoch": classes * 0 + config.num_epochs}
     if metric.endswith("_per_checkpoint"):
-        steps = [config.steps_before(done) for done in epoch]  # done by the end of each
+        steps = [config.steps_before(done) for done in epoch]  # by its end
         epoch = epoch[np.searchsorted(steps, np.arange(STEPS_PER_WINDOW, steps[-1] + 1, STEPS_PER_WINDOW))]
-    task = -(-epoch // config.epochs_per_task)
-    return task, config.classes_per_task * task, epoch
+    if metric.endswith("_analysis"):  # of the network as the task before left it, but for the accuracies of its training
+        epoch = config.epochs_per_task * (task - (not metric.startswith("average_online")))
+    else:
+        task = -(-epoch // config.epochs_per_task)
+    return {"task": task, "number_of_classes": config.classes_per_task * task, "epoch": epoch}
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -80,9 +73,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_results_argument(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="the file to write, .csv or .parquet")
     parsed = parser.parse_args(arguments)
-    if parsed.output.suffix not in PACKAGES:
-        raise UserError(f"--output {parsed.output}: the name must end in {' or '.join(PACKAGES)}")
-    for name in PACKAGES[parsed.output.suffix]:
+    if parsed.output.suffix not in (".csv", ".parquet"):
+        raise UserError(f"--output {parsed.output}: the name must end in .csv or .parquet")
+    for name in ["pandas", "pyarrow"][: 1 + (parsed.output.suffix == ".parquet")]:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"--output {parsed.output}: {name} is not installed; python -m pip install {name}")
     check_destinations(parsed.output)
