@@ -1,5 +1,6 @@
 """Numbers where people want them: in a tracker, as one table, from a stored model, with one seed varied and the other kept."""
 
+import functools
 import json
 import re
 import shutil
@@ -15,9 +16,10 @@ from conftest import REPOSITORY, TINY, differing_results, tiny_arguments
 import incremental_cifar_experiment
 import post_run_analysis
 import run_sweep
-from incremental_cifar import learner, trackers
+from incremental_cifar import cifar100, learner, trackers
 from incremental_cifar.command_line import run_script
-from incremental_cifar.config import load_config, read_sizes
+from incremental_cifar.config import load_config, make_config, read_sizes
+from incremental_cifar.learning_curves import array_lengths
 from incremental_cifar.resnet import BLOCKS_PER_STAGE, build_network
 from incremental_cifar.run_files import RunFiles, Runs
 from incremental_cifar.seeds import draw_class_order, experiment_seed
@@ -98,8 +100,16 @@ def train(results_dir, *options, **settings):
     return run_script(incremental_cifar_experiment.main, [*arguments, *options])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def same_images():
+    """Drawing them is half of what a short run takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cifar100, "load_images", functools.cache(cifar100.load_images))
+        yield
+
+
 @pytest.fixture(scope="module")
-def untracked(tmp_path_factory):
+def untracked(same_images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("untracked")
     assert train(folder) == 0
     return folder / ALGORITHM
@@ -197,14 +207,14 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
 # --- The table -------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_has_every_value_of_every_array(tmp_path, uninterrupted, capsys):
+def test_the_table_has_every_value_of_every_array(tmp_path, rng):
     folder = tmp_path / ALGORITHM
-    shutil.copytree(uninterrupted(ALGORITHM), folder)
-    late = np.load(folder / "units_reset_per_epoch/index-0.npy")
-    late[:5] = np.nan  # begun in mid-run
-    np.save(folder / "units_reset_per_epoch/index-0.npy", late)
-    (folder / "next_task_dormant_units_analysis").mkdir()
-    np.save(folder / "next_task_dormant_units_analysis/index-0.npy", np.float32([0, 0.25, np.nan]))
+    files, config = RunFiles(folder, 0), make_config(TINY, "here")
+    files.save_config(config, {})
+    for metric, length in array_lengths(config.steps_before(NUM_EPOCHS), NUM_EPOCHS).items():
+        files.save_array(metric, rng.random(length, dtype=np.float32))
+    files.save_array("units_reset_per_epoch", np.float32([np.nan] * 5 + [3] * 7))  # begun in mid-run
+    files.save_array("next_task_dormant_units_analysis", np.float32([0, 0.25, np.nan]))
     assert run_script(export.main, ["--results_dir", str(tmp_path), "--output", str(tmp_path / "all.csv")]) == 0
     table = export.results_table(tmp_path)
     assert list(table) == ["algorithm", "index", "metric", "task", "number_of_classes", "epoch", "value"]
@@ -234,18 +244,17 @@ def test_a_table_that_cannot_be_written_is_one_line(output, message, tmp_path, m
 # --- A stored model --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_of_stored_models_says_what_works(tmp_path, uninterrupted):
+def test_the_page_of_stored_models_says_what_works(tmp_path, untracked):
     page = (REPOSITORY / "docs" / "look_inside.md").read_text()
     ours, images, accuracy, released = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    folder = uninterrupted(ALGORITHM)
-    names = {}
+    folder, names = untracked, {}
     for code in (ours, images, accuracy):  # the last one asserts
         exec(code.replace(f"results/{ALGORITHM}", str(folder)), names)
     assert len(ours.strip().partition("\n\n")[2].splitlines()) == 3
     assert [layer.shape[1] for layer in names["features"]] == [2] * 5 + [4] * 4 + [8] * 4 + [16] * 4
     theirs = tmp_path / "released"
     shutil.copytree(folder, theirs)
-    (theirs / "config_files/index-0.json").write_text(json.dumps({"stepsize": 0.1, "current_epoch": 12, **TINY}))
+    (theirs / "config_files/index-0.json").write_text(json.dumps({"stepsize": 0.1, "current_epoch": 6, **TINY, **SHORT}))
     exec(re.sub(r'RunFiles\(".*?"', f'RunFiles("{theirs}"', released), names)
     exec(images, names)
     exec(accuracy, names)
