@@ -6,7 +6,6 @@ Another tracker is a class with the three methods of TensorBoard, and an entry i
 import importlib.util
 import json
 import os
-import secrets
 import shutil
 import threading
 from pathlib import Path
@@ -92,7 +91,7 @@ class Tracking:
         self.tracker: Any = TRACKERS[name]() if name else None
         if self.tracker is not None:
             note = files.folder / "tracking" / f"index-{files.index}" / f"{name}.json"
-            key = read_note(note).get("key") or secrets.token_hex(4)
+            key = read_note(note).get("key") or os.urandom(4).hex()
             write_note(note, {"key": key})
             self.num_epochs = self.call("begin", note.parent, key, {"index": files.index, **config.to_dict()})
 
