@@ -101,7 +101,6 @@ class IncrementalCIFARExperiment(Experiment):
         self.images: ImageSets | None = None
         self.learner: Learner | None = None
         self.progress: Progress | None = None
-        self.tracking: Tracking | None = None
         self.environment: dict[str, Any] = {}
         self.first_epoch = 0
 

@@ -425,8 +425,7 @@ def analyse_run(
     sizes = run.sizes
     random_seed = experiment_seed(run.files.index)
     # From the stored config, wherever it says the width: others may have changed the network, and its settings.
-    network = None if run.settings["network_width"] is None else network_of(sizes).to(train_set.device, memory_format=torch.channels_last)
-    initial = None
+    network, initial = None if run.settings["network_width"] is None else network_of(sizes), None
     if 0 in run.tasks_here:
         network = load_model(run.files.model_file(0), network).to(train_set.device, memory_format=torch.channels_last)
         initial = [parameter.clone() for parameter in network.parameters()]

@@ -78,8 +78,8 @@ class Progress:
             values = self.curves.epoch_values(epoch, slice(self.first_step, self.config.steps_before(epoch + 1)))
             for name in ("validation", "test"):
                 self.say(f"\t{name} accuracy: {values[f'{name}_accuracy_per_epoch']:.4f}, loss: {values[f'{name}_loss_per_epoch']:.4f}")
-            left = datetime.timedelta(seconds=round(self.seconds_left(epoch + 1)))
             self.say(f"\ttraining loss: {values['train_loss_per_epoch']:.4f}")
+            left = datetime.timedelta(seconds=round(self.seconds_left(epoch + 1)))
             self.say(f"\tepoch run time: {values['epoch_runtime']:.2f} s, time left: {left}")
 
     def say(self, text: str) -> None:

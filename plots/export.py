@@ -1,8 +1,6 @@
 """All numbers of a folder of results as one table, a row per value; docs/numbers.md says what the columns mean.
 
-    python plots/export.py --results_dir results --output results.csv
-
-or, in Python, `table = results_table("results")`.
+python plots/export.py --results_dir results --output results.csv
 """
 
 import argparse
@@ -44,8 +42,8 @@ def results_table(results_dir: str | os.PathLike) -> "pandas.DataFrame":  # noqa
                 values = read_values(path, len(columns["task"]), "values", -np.inf, np.inf)
                 if len(values) != len(columns["task"]) and not config_file.is_file():
                     raise UserError(f"{path}: not as long as the paper's; copy {config_file} too, which says what it holds")
-                columns = {name: column[: len(values)] for name, column in columns.items()}
-                parts.append(pandas.DataFrame({"algorithm": algorithm, "index": int(index), "metric": metric, **columns, "value": values}))
+                names = {"algorithm": algorithm, "index": int(index), "metric": metric}
+                parts.append(pandas.DataFrame(names | columns)[: len(values)].assign(value=values))
     if not parts:
         raise UserError(f"{results_dir}: no runs here; --results_dir names the folder that holds one folder per algorithm")
     return pandas.concat(parts).sort_values(["algorithm", "index", "metric"], kind="stable", ignore_index=True)
