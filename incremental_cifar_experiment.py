@@ -41,6 +41,7 @@ from incremental_cifar.run_files import RunFiles
 from incremental_cifar.seeds import Purpose, draw_class_order, experiment_seed, generator_for
 from incremental_cifar.side_by_side import run_side_by_side, show_failures
 from incremental_cifar.stored_run import StoredRun, environment_of
+from incremental_cifar.trackers import Tracking, tracker_name
 from incremental_cifar.training import choose_device, evaluate, set_arithmetic, set_stepsize, stepsize_at, train_one_epoch
 
 # What mlproj-manager adds to the settings of an experiment that it runs.
@@ -52,7 +53,8 @@ class IncrementalCIFARExperiment(Experiment):
 
     exp_params: a Config, or its settings by name, as a user wrote them. results_dir: the experiment's folder. run_index: 0 to 99,999;
     decides seed, class order and initial weights. verbose: print accuracies and times instead of showing a progress bar. restart: delete
-    what is there of this index, and begin anew. without_models: go on although models of earlier tasks are gone.
+    what is there of this index, and begin anew. without_models: go on although models of earlier tasks are gone. track: the
+    tracker that keeps a record too, if any.
     Raises UserError, before anything is written, if the settings cannot be used or differ from those the stored run was started with, or
     if that cannot be resumed.
     """
@@ -65,6 +67,7 @@ class IncrementalCIFARExperiment(Experiment):
         verbose: bool = True,
         restart: bool = False,
         without_models: bool = False,
+        track: str | None = None,
     ):
         # Experiment.__init__ is not called: it would overwrite the stored config, in place and before any check.
         folder = Path(os.path.abspath(results_dir))
@@ -78,10 +81,12 @@ class IncrementalCIFARExperiment(Experiment):
         self.results_dir = str(folder)
         self.run_index = run_index
         self.verbose = verbose
+        self.track = track
         self.results_dict: dict[str, np.ndarray] = {}
 
-        self.random_seed = experiment_seed(run_index)
-        self.class_order = draw_class_order(self.random_seed)  # (100,)
+        index_seed = experiment_seed(run_index)
+        self.random_seed = index_seed if config.training_seed is None else config.training_seed
+        self.class_order = draw_class_order(index_seed if config.class_order_seed is None else config.class_order_seed)  # (100,)
         self.files = RunFiles(folder, run_index)
         self.device = choose_device(config.device)
         stored_config = None if restart else self.files.load_config()
@@ -174,8 +179,10 @@ class IncrementalCIFARExperiment(Experiment):
         If `stop` asks for it, leaves with SystemExit after the current epoch.
         """
         config, learner = self.config, self.learner
+        self.tracking = Tracking(self.track, self.files, config, learner.curves, self.label)
         self.progress = Progress(self.files, config, learner.curves, self.first_epoch, self.verbose, self.label, self.bar_position)
-        with self.progress.bar:
+        with self.progress.bar, contextlib.closing(self.tracking):
+            self.tracking.update(self.first_epoch)
             for task in range(self.first_epoch // config.epochs_per_task, config.num_tasks):
                 classes = self.class_order[: config.num_classes_seen(task)]
                 task_start, task_end = task * config.epochs_per_task, (task + 1) * config.epochs_per_task
@@ -249,6 +256,7 @@ class IncrementalCIFARExperiment(Experiment):
         is_last = num_epochs == self.config.num_epochs
         is_stopping = bool(stop)  # asked once: a signal may come at any time
         self.progress.report(num_epochs, at_once=is_stopping or is_last)
+        self.tracking.update(num_epochs)
         if is_stopping or is_last or num_epochs % self.config.epochs_per_checkpoint == 0:
             self.save_checkpoint(num_epochs)
         if is_stopping and not is_last:
@@ -296,7 +304,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Config, list[int],
         metavar="N",
         help="0, 1, ...: decides seed, class order and initial weights (default 0); 0-3 or 0,2: several runs in one process",
     )
-    parser.add_argument("--verbose", action="store_true", help="print accuracies and times instead of a progress bar")
+    parser.add_argument("--verbose", action="store_true", help="print losses, accuracies and times instead of a progress bar")
+    parser.add_argument("--track", type=tracker_name, metavar="NAME", help="a tracker: tensorboard, wandb or trackio")
     parser.add_argument("--restart", action="store_true", help="delete what is there of these indices, and begin them anew")
     parser.add_argument("--without-models", action="store_true", help="resume, and finish, although stored models are gone")
     parser.add_argument(
@@ -304,7 +313,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Config, list[int],
     )
     parser.add_argument("--explain", nargs="+", action=Explain, metavar="KEY", help="say what settings mean (all: every one); no run")
     parsed = parser.parse_args(arguments)
-    options = {name: getattr(parsed, name) for name in ("verbose", "restart", "without_models")}
+    options = {name: getattr(parsed, name) for name in ("verbose", "restart", "without_models", "track")}
     return load_config(parsed.config, parsed.overrides), parse_indices(parsed.experiment_index), options
 
 

@@ -47,7 +47,7 @@ from incremental_cifar.cifar100 import ImageSet, load_images
 from incremental_cifar.command_line import OneLineArgumentParser, parse_indices, run_script, warn
 from incremental_cifar.config import NUM_CLASSES, NUM_SEEDS, REPOSITORY, RULES, SIZE_KEYS, Config, UserError, read_sizes, whole_path
 from incremental_cifar.learning_curves import STEPS_PER_WINDOW
-from incremental_cifar.resnet import ResNet18, build_network
+from incremental_cifar.resnet import ResNet18, network_of
 from incremental_cifar.run_files import RunFiles, array_bytes
 from incremental_cifar.safe_files import check_destinations, write_file
 from incremental_cifar.seeds import Purpose, draw_class_order, experiment_seed, generator_for
@@ -268,7 +268,7 @@ def find_run(folder: Path, index: int, dormant_unit_threshold: float, batch_norm
     experiment_seed(index)  # raises for an index that cannot be
     sizes, stored_keys = read_sizes(files.config_file)
     is_finished = index in finished_indices(folder)
-    class_order = load_class_order(files, is_finished)
+    class_order = load_class_order(files, is_finished, sizes.class_order_seed)
 
     epochs = stored_models(folder).get(index, set())
     expected = [task * sizes.epochs_per_task for task in range(sizes.num_tasks + 1)]
@@ -297,14 +297,14 @@ def find_run(folder: Path, index: int, dormant_unit_threshold: float, batch_norm
     return Run(files, sizes, class_order, tasks_here, settings, digests)
 
 
-def load_class_order(files: RunFiles, is_finished: bool) -> np.ndarray:
+def load_class_order(files: RunFiles, is_finished: bool, seed: int | None) -> np.ndarray:
     """The order in which a run met the classes: (100,) int64. Raises UserError if the file is not such an order.
 
-    The released code stores it when a run ends; of a run in progress without it, the order is what its index says, there as here.
+    The released code stores it when a run ends; of a run in progress without it, the order is what its seed or its index says.
     """
     path = files.array_file("class_order")
     if not is_finished and not path.exists():
-        return draw_class_order(experiment_seed(files.index))
+        return draw_class_order(experiment_seed(files.index) if seed is None else seed)
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: the class order of this run is not a file")
     try:
@@ -332,8 +332,8 @@ def model_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def load_model(path: Path, network: ResNet18 | None, random_seed: int, device: torch.device) -> ResNet18:
-    """Fill a network, or a new one of the stored width if there is none yet, with a stored state dict.
+def load_model(path: Path, network: ResNet18 | None = None) -> ResNet18:
+    """Fill a network, or if there is none a new one of the stored width on the CPU, with a stored state dict.
 
     The state dict may lie in other dicts, and all its names may begin alike, as those of wrapped networks do ("module.", "_orig_mod.").
     Raises UserError if the file cannot be read, holds no network of this kind and size or several, or a value that is not finite. Nothing
@@ -354,21 +354,22 @@ def load_model(path: Path, network: ResNet18 | None, random_seed: int, device: t
     if "sha256" in stored:  # the end of a task may have reset its network already
         raise UserError(f"{path}: a checkpoint, which a run resumes from, and not a model")
     values = dict(_values_by_name(stored))
-    pattern = re.compile(r"(?:.*\.)?(?<!layer\d\.\d\.)conv1\.weight")  # of a network, not of its blocks
-    starts = [name.removesuffix("conv1.weight") for name in values if pattern.fullmatch(name)]
+    anchor = "conv1.weight" if network is None else next(iter(network.state_dict()))
+    pattern = re.compile(rf"(?:.*\.)?(?<!layer\d\.\d\.){re.escape(anchor)}")  # of a network, not of its blocks
+    starts = [name.removesuffix(anchor) for name in values if pattern.fullmatch(name)]
     if not starts:
         items = [f"{key} ({type(value).__name__})" for key, value in stored.items()]
         found = ", ".join(items[:5]) + ", ..." * (len(items) > 5) or "nothing"
-        raise UserError(f"{path}: no network was found in this file, since conv1.weight is not there; it holds {found}")
+        raise UserError(f"{path}: no network was found in this file, since {anchor} is not there; it holds {found}")
     if len(starts) > 1:
         names = ", ".join(f"{start}*" for start in starts)
         raise UserError(f"{path}: holds {len(starts)} networks ({names}); store the one to be analysed alone")
     state = {name.removeprefix(starts[0]): value for name, value in values.items() if name.startswith(starts[0])}
-    first = state.get("conv1.weight")
     if network is None:
+        first = state[anchor]
         if not _is_plain_tensor(first) or first.dim() != 4 or not RULES["network_width"][0](len(first)):
             raise UserError(f"{path}: a model of another network; conv1.weight is {_shape(first)}, not (width, 3, 3, 3)")
-        network = build_network(random_seed, width=len(first)).to(device, memory_format=torch.channels_last)
+        network = network_of(Config(network_width=len(first)))
     expected = network.state_dict()
     state = {name: value for name, value in state.items() if name in expected or isinstance(value, Tensor)}  # no epoch, say
     for name in [*expected, *state]:
@@ -423,16 +424,14 @@ def analyse_run(
     """
     sizes = run.sizes
     random_seed = experiment_seed(run.files.index)
-    network = initial = None
+    # From the stored config, wherever it says the width: others may have changed the network, and its settings.
+    network, initial = None if run.settings["network_width"] is None else network_of(sizes), None
     if 0 in run.tasks_here:
-        network = load_model(run.files.model_file(0), None, random_seed, train_set.device)
+        network = load_model(run.files.model_file(0), network).to(train_set.device, memory_format=torch.channels_last)
         initial = [parameter.clone() for parameter in network.parameters()]
     for task in tasks:
         path = run.files.model_file(task * sizes.epochs_per_task)
-        network = load_model(path, network, random_seed, train_set.device)
-        stored_width, width = run.settings["network_width"], network.conv1.out_channels
-        if stored_width not in (None, width):
-            raise UserError(f"{path}: a model of network_width {width}, but {run.files.config_file} says {stored_width}")
+        network = load_model(path, network).to(train_set.device, memory_format=torch.channels_last)
         if task == sizes.num_tasks:
             results[ACCURACY_PER_CLASS] = final_accuracies(network, test_set, run.classes, path)
             progress.update()

@@ -31,6 +31,7 @@ class UserError(Exception):
 
 
 Auto = bool | str  # true, false, or "auto": what `settled` makes of it when the run starts
+Seed = int | None
 Rule = tuple[Callable[[Any], bool], str]  # what a value must be beyond its type, and how to say so
 LARGEST_FLOAT32 = 3.4028234663852886e38
 DEVICE_NAMES = '"auto", "cpu", "cuda" or "cuda:N"'
@@ -61,6 +62,7 @@ _FOLDER_NAME: Rule = (_is_folder_name, "the name of one folder, of at most 200 b
 _POSITIVE: Rule = (lambda value: value > 0, "greater than 0")
 _BELOW_1: Rule = (lambda value: 0 <= value < 1, "from 0 to below 1")
 _QUANTILE: Rule = (lambda value: 0 < value <= 1, "greater than 0, and at most 1")
+_SEED = _between(0, 2**32 - 1)
 _IMAGES = _between(1, TRAIN_IMAGES_PER_CLASS - 1)
 
 
@@ -111,6 +113,8 @@ class Config:
     network_width: int = setting(
         64, "Channels of the first stage; the others have 2, 4 and 8 times as many.", _between(1, 1024), unit="channels", size=True
     )
+    class_order_seed: Seed = setting(None, "Decides in which order the classes come; null: the seed of the index does.", _SEED)
+    training_seed: Seed = setting(None, "Decides initial weights, order and augmentation of images, noise, resets; null: as above.", _SEED)
 
     # Stochastic gradient descent
     stepsize: float = setting(0.1, "Step size at the start of every task; x 0.2 after 30 %, 60 % and 80 % of its epochs.", _POSITIVE)
@@ -272,6 +276,7 @@ TYPE_NAMES = {
     float: "a number",
     bool: "true or false",
     Auto: 'true, false or "auto"',
+    Seed: "an integer or null",
     type(None): "null",
     list: "a list",
     dict: "an object",
@@ -282,6 +287,7 @@ METHODS = {field.metadata["method"]: key for key, field in FIELDS.items() if "me
 FREE_KEYS = frozenset(key for key, field in FIELDS.items() if "free" in field.metadata)
 # The released code stores none of these: then the paper's hold, which are the defaults.
 SIZE_KEYS = tuple(key for key, field in FIELDS.items() if "size" in field.metadata)
+SEED_KEYS = tuple(key for key, field in FIELDS.items() if field.type == Seed)
 
 
 def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Config:
@@ -441,12 +447,12 @@ def read_stored(path: Path, what: str = "config") -> dict[str, Any] | None:
 
 
 def read_sizes(path: Path) -> tuple[Config, set[str]]:
-    """The sizes (SIZE_KEYS) in a stored config, the paper's where it names none or is not there; and the keys that it names.
+    """The sizes and seeds in a stored config, the paper's sizes where it names none or is not there; and the keys of these that it names.
 
     Other keys are passed over: the released code stores settings, and its running state, that are unknown here. Raises UserError.
     """
     settings = read_stored(path) or {}
-    sizes = {key: settings[key] for key in SIZE_KEYS if key in settings}
+    sizes = {key: settings[key] for key in (*SIZE_KEYS, *SEED_KEYS) if key in settings}
     return make_config(sizes, source=str(path)), set(sizes)
 
 
@@ -481,12 +487,14 @@ def _checked(key: str, value: Any, source: str) -> Any:
     """Return `value` in its field's type. Integers are numbers and 3.0 is an integer, but true and false are neither."""
     expected = FIELDS[key].type
     shown = json.dumps(value) if len(json.dumps(value)) <= 60 else json.dumps(value)[:57] + "..."
-    if expected is int and type(value) is float and value.is_integer():
+    if expected in (int, Seed) and type(value) is float and value.is_integer():
         value = int(value)
     rule_holds, rule = RULES[key]
     wanted = TYPE_NAMES[expected] + (f", {rule}" if rule else "")
-    right_type = type(value) is expected or (expected is float and type(value) is int)
+    right_type = type(value) is expected or (expected in (float, Seed) and type(value) is int)
     right_type |= expected == Auto and (type(value) is bool or value == "auto")
+    if expected == Seed and value is None:
+        return None
     if not right_type:
         raise UserError(f"{source}: {key} is {shown}; it must be {wanted}")
     if expected is int and abs(value) >= 2**63:

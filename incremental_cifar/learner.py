@@ -12,7 +12,7 @@ from incremental_cifar.algorithms import epoch_metrics, make_algorithms
 from incremental_cifar.command_line import is_memory_full, memory_errors, warn
 from incremental_cifar.config import Config, UserError
 from incremental_cifar.learning_curves import LearningCurves
-from incremental_cifar.resnet import ResNet18, build_network
+from incremental_cifar.resnet import ResNet18, network_of
 from incremental_cifar.run_files import state_bytes
 from incremental_cifar.training import EvaluationStep, TrainingStep, make_optimizer
 
@@ -22,7 +22,7 @@ class Learner:
 
     def __init__(self, config: Config, random_seed: int, device: torch.device):
         self.config = config
-        self.network: ResNet18 = build_network(random_seed, config.network_width).to(device, memory_format=torch.channels_last)
+        self.network: ResNet18 = network_of(config, random_seed).to(device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.network, config.stepsize, config.momentum, config.weight_decay, config.decay_batch_norm)
         self.algorithms = make_algorithms(config, self.network, self.optimizer, random_seed)
         self.training_step = TrainingStep(self.network, self.optimizer, config.precision, self.algorithms)

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NUM_CLASSES = 100
+from incremental_cifar.config import NUM_CLASSES, Config
+
 BLOCKS_PER_STAGE = (2, 2, 2, 2)
 
 
@@ -179,3 +180,8 @@ def build_network(random_seed: int, width: int = 64) -> ResNet18:
         network = ResNet18(width)
         initialise(network)
     return network
+
+
+def network_of(config: Config, random_seed: int = 0) -> ResNet18:
+    """The initial network of a run with these settings, on the CPU: what trains it and what reads its models build it here."""
+    return build_network(random_seed, config.network_width)

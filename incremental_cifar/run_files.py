@@ -194,7 +194,7 @@ class RunFiles:
             self.mark_finished(False)
         paths = [self.array_file("class_order"), *(path for _, path in self.checkpoints())]  # without the first, no run is finished
         paths += self._released_checkpoints()
-        paths += [path for _, path in self.models() + self.differences()]
+        paths += [*(path for _, path in self.models() + self.differences()), *self.folder.glob(f"tracking/index-{self.index}/*.*")]
         paths += [*self._arrays(*ANALYSIS_FOLDERS), self.folder / "analysis_settings" / self.config_file.name, self.progress_file]
         paths += [self.config_file, *self._arrays(*METRIC_FOLDERS)]
         for path in paths:

@@ -16,6 +16,7 @@ with a remark. n runs, p points (tasks or epochs). Nothing is unpickled.
 """
 
 import argparse
+import itertools
 import os
 import re
 import sys
@@ -27,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from incremental_cifar.config import METHODS, REPOSITORY, SIZE_KEYS, Config, UserError, read_sizes, read_stored, whole_path
+from incremental_cifar.config import METHODS, REPOSITORY, SEED_KEYS, SIZE_KEYS, Config, UserError, read_sizes, read_stored, whole_path
 from incremental_cifar.safe_files import broken_link
 
 # The paper's algorithms by the names of their folders, in the order of legends.
@@ -139,7 +140,7 @@ class Run(NamedTuple):
 
     algorithm: str
     index: int
-    sizes: Config  # only the keys of SIZE_KEYS are this run's; the paper's where its config does not say
+    sizes: Config  # only the keys of SIZE_KEYS and SEED_KEYS are this run's; the paper's where its config does not say
     has_config: bool  # whether there is a config file
     analysis: AnalysisSettings | None  # None for metrics that do not depend on them
     values: np.ndarray  # (epochs or tasks so far,) float64, in the unit of the axis; NaN where the run has none
@@ -406,6 +407,11 @@ def make_curves(runs: dict[str, list[Run]], metric: Metric, per_epoch: bool = Fa
     ]
     curves = []
     remarks = [f"Taken to be of the paper's sizes, as config_files/ holds none of: {', '.join(without_config)}"] if without_config else []
+    for key, algorithm in itertools.product(SEED_KEYS, runs):
+        given = {run.index: seed for run in runs[algorithm] if (seed := getattr(run.sizes, key)) is not None}
+        for seed in sorted(set(given.values())):
+            of_seed = indices_text([index for index, value in given.items() if value == seed])
+            remarks.append(f"{algorithm_label(algorithm)}: {key} {seed} in {of_seed}")
     short_retrained: dict[int, tuple[int, int]] = {}
     for algorithm in runs:
         if metric.is_relative and algorithm == RETRAINED:

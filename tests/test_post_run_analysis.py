@@ -641,7 +641,7 @@ BAD_FOLDERS = {
     ),
     "wrapped model of another width": (
         lambda f: change_model(f, lambda s: {"state_dict": started(ResNet18(4).state_dict(), "module.")}, 0),
-        "a model of network_width 4, but",
+        "another network; conv1.weight is (4, 3, 3, 3)",
     ),
     "first model of another network": (lambda f: change_model(f, lambda s: {"fc.bias": s["fc.bias"]}, 0), "conv1.weight is not there"),
     "model lacks a layer": (
@@ -705,7 +705,10 @@ BAD_FOLDERS = {
         lambda f: make_pipe(f / "config_files" / "index-0.json"),
         "cannot read the stored config of this run (not a file)",
     ),
-    "config of another width": (lambda f: change_config(f, network_width=4), "index-0_epoch-0.pt: a model of network_width 2, but"),
+    "config of another width": (
+        lambda f: change_config(f, network_width=4),
+        "conv1.weight is (2, 3, 3, 3) of float32, expected (4,",
+    ),
     "config with a wrong width": (lambda f: change_config(f, network_width="wide"), 'network_width is "wide"'),
     "config with a wrong size": (lambda f: change_config(f, num_tasks="three"), 'num_tasks is "three"'),
     "config of a shorter run": (lambda f: change_config(f, num_tasks=2), "a model of epoch 12 cannot be in a run of 2 tasks of 4 epochs"),
