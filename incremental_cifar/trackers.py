@@ -47,6 +47,8 @@ class WeightsAndBiases:
     def begin(self, folder: Path, key: str, config: dict[str, Any]) -> int:
         import wandb
 
+        if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.login(prompt=False):  # it would ask for one, and wait
+            raise RuntimeError("no account; wandb login, or WANDB_MODE=offline")
         place = os.environ.get("WANDB_DIR", folder)
         for path in Path(place).glob(f"wandb/offline-run-*-{key}"):  # what is in these goes into the one begun here
             shutil.rmtree(path)
@@ -78,7 +80,8 @@ def tracker_name(name: str) -> str:
     """Return the name of a tracker. Raises UserError if there is none of that name, or if its package is not installed."""
     if name not in TRACKERS:
         raise UserError(f'--track: got "{name}"; it must be one of {", ".join(TRACKERS)}')
-    if importlib.util.find_spec(name) is None:
+    package = importlib.util.find_spec(name)
+    if package is None or package.origin is None:  # a folder of that name, as W&B makes where it is called
         raise UserError(f"--track {name}: this package is not installed; python -m pip install {name}")
     return name
 
@@ -106,9 +109,9 @@ class Tracking:
         self.call("end")
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """What the tracker answers. What it raises is said once, and ends the record until the run is resumed."""
+        """What the tracker answers. What it raises is said once, and ends the record; a resumed run adds what it lacks."""
         try:
             return getattr(self.tracker, method)(*arguments) if self.tracker is not None else None
-        except Exception as error:  # of whatever kind a package of others raises
+        except (Exception, SystemExit) as error:  # of whatever kind a package of others raises
             self.tracker, reason = None, " ".join(str(error).split())[:200] or type(error).__name__
-            warn(f"{self.label}--track {self.name}: {reason}; the run goes on without it, and adds what is missing when it is resumed")
+            warn(f"{self.label}--track {self.name}: {reason}; the run goes on without it")

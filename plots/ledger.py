@@ -2,7 +2,7 @@
 
 A row is a curve of the paper: its values at 5, 25, 50 and 100 classes, ours beside them with the verdict on each, and what ours come from,
 as the runs' stored configs say it. The verdicts, and that of the row on all 20 points, are `compare_with_paper`'s. What somebody recorded
-before stays where these results have fewer of the row's numbers, or fewer runs; to have it written anew, delete that row.
+before stays unless these results have more of the row's numbers or more runs; to have it written anew, delete that row.
 """
 
 import re
@@ -44,9 +44,10 @@ def update_ledger(
     for key, curve in published.items():
         row = row_of(key, curve, results_dir, *verdicts.get(key, ((), "")))
         old = recorded.get(key, row)
-        if any(there > here for there, here in zip(reach(old), reach(row), strict=True)):
+        is_further = all(here >= there for there, here in zip(reach(old), reach(row), strict=True)) and reach(row) != reach(old)
+        if old != row and not is_further:
             if key in verdicts:
-                remarks.append(f"{path.name}: what is recorded of {', '.join(key)} has more numbers or runs, and stays")
+                remarks.append(f"{path.name}: what is recorded of {', '.join(key)} has as many numbers and runs, or more, and stays")
             row = old
         rows.append(row)
     text = "".join("| " + " | ".join(row) + " |\n" for row in rows)

@@ -12,10 +12,13 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 results=${RESULTS:-$root/results}
 python=${VENV:-$root/.venv}/bin/python
 
+ledger=${LEDGER:-$root/RESULTS.md}
+[ -f "$ledger" ] || { echo "error: LEDGER=$ledger: this file is not there; a copy of RESULTS.md is right" >&2; exit 2; }
 make -s -C "$root" setup
+[ -x "$python" ] || { echo "error: VENV=$VENV: no environment, since bin/python is not there" >&2; exit 2; }
 "$python" "$root/run_sweep.py" --indices "${INDICES:-0-14}" --set "results_dir=$results" --analyse --configs \
     "$root"/cfg/{base_deep_learning_system,continual_backpropagation,head_resetting,retrained_network,shrink_and_perturb}.json "$@"
 for argument in "$@"; do
     case $argument in --slurm | --status | --dry-run) exit ;; esac # nothing to compare yet
 done
-"$python" "$root/plots/compare_with_paper.py" --results_dir "$results" --output-dir "$results/figures" --ledger "${LEDGER:-$root/RESULTS.md}"
+"$python" "$root/plots/compare_with_paper.py" --results_dir "$results" --output-dir "$results/figures" --ledger "$ledger"

@@ -10,9 +10,11 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 configs=("$root"/cfg/small/*.json)
-[ -z "${CONFIGS:-}" ] || read -ra configs <<<"$CONFIGS"
+[ -z "${CONFIGS:-}" ] || configs=($CONFIGS) # unquoted: patterns are put in
+python=${VENV:-$root/.venv}/bin/python
 
 make -s -C "$root" setup
+[ -x "$python" ] || { echo "error: VENV=$VENV: no environment, since bin/python is not there" >&2; exit 2; }
 export OMP_NUM_THREADS=1 # so narrow a network gains nothing from a second one
-"${VENV:-$root/.venv}/bin/python" "$root/run_sweep.py" --configs "${configs[@]}" --indices "${INDICES:-3-5}" \
+"$python" "$root/run_sweep.py" --configs "${configs[@]}" --indices "${INDICES:-3-5}" \
     --set "results_dir=${RESULTS:-$root/results/small}" --analyse "$@"

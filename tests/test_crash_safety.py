@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import typing
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -572,7 +573,10 @@ def test_any_object_is_a_complete_config_or_one_line(values):
         return
     for key, field in FIELDS.items():
         value = getattr(config, key)
-        assert type(value) is field.type or (field.type == Auto and (type(value) is bool or value == "auto"))
+        if field.type == Auto:
+            assert type(value) is bool or value == "auto"
+        else:  # of a union, one of its types
+            assert type(value) in (typing.get_args(field.type) or (field.type,))
         assert field.type is not float or math.isfinite(value)
     assert config.num_tasks * config.classes_per_task <= 100
     assert make_config(json.loads(json.dumps(config.to_dict())), source="again") == config

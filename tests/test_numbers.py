@@ -85,11 +85,11 @@ def fakes(monkeypatch):
         assert resume == "allow"
         return begin(named.setdefault(name, []), config)
 
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=wandb_init, Settings=dict))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=wandb_init, Settings=dict, login=lambda prompt: True))
     monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=trackio_init))
     writer = types.SimpleNamespace(SummaryWriter=lambda folder, purge_step: begin([]))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writer)
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: types.SimpleNamespace(origin=name))
     monkeypatch.setattr(FakeRun, "kill_after", None)
     monkeypatch.setattr(FakeRun, "fail_at", None)
     return runs
@@ -146,6 +146,18 @@ def test_a_tracker_that_fails_says_so_once_and_ends_no_run(fakes, tmp_path, monk
     assert len(warnings) == 1 and "--track wandb: [Errno 28] No space left on device; the run goes on without it" in warnings[0]
     assert [epoch for epoch, _ in fakes[-1].rows] == [1, 2, 3]
     assert differing_results(tmp_path / ALGORITHM, untracked) == []
+
+
+@pytest.mark.parametrize("what", ["no account", "an exit"])
+def test_a_tracker_neither_asks_for_an_account_nor_ends_a_run(what, fakes, tmp_path, monkeypatch, capsys, untracked):
+    def leave(prompt):
+        raise SystemExit(3)
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(sys.modules["wandb"], "login", leave if what == "an exit" else lambda prompt: prompt)
+    assert train(tmp_path, "--track", "wandb") == 0
+    assert len(re.findall(r"warning: .*--track wandb: (?:3|no account).*; the run goes on without it", capsys.readouterr().err)) == 1
+    assert fakes == [] and differing_results(tmp_path / ALGORITHM, untracked) == []
 
 
 def test_trackers_are_checked_before_any_work(tmp_path, monkeypatch, capsys):

@@ -1139,7 +1139,10 @@ def test_the_ledger_keeps_what_had_more_runs_or_numbers(results, ledger):
     ]
     new = [("relative_accuracy", "head_resetting"), ("test_accuracy", RETRAINED)]
     assert [key for key in again if again[key] != rows[key]] == new
-    assert "Note: RESULTS.md: what is recorded of test_accuracy, base_deep_learning_system has more numbers or runs, and stays\n" in out
+    assert (
+        "Note: RESULTS.md: what is recorded of test_accuracy, base_deep_learning_system has as many numbers "
+        "and runs, or more, and stays\n" in out
+    )
     papers_runs(results, num_runs=3, algorithms=[BASE], shift=1)
     out, again = ledger()
     assert again["test_accuracy", BASE][4] == "3 (index 0-2)" and "recorded" not in out
