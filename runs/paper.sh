@@ -11,11 +11,11 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 results=${RESULTS:-$root/results}
 python=${VENV:-$root/.venv}/bin/python
-
 ledger=${LEDGER:-$root/RESULTS.md}
+
 [ -f "$ledger" ] || { echo "error: LEDGER=$ledger: this file is not there; a copy of RESULTS.md is right" >&2; exit 2; }
 make -s -C "$root" setup
-[ -x "$python" ] || { echo "error: VENV=$VENV: no environment, since bin/python is not there" >&2; exit 2; }
+[ -x "$python" ] || { echo "error: $python is not there; VENV names an environment" >&2; exit 2; }
 "$python" "$root/run_sweep.py" --indices "${INDICES:-0-14}" --set "results_dir=$results" --analyse --configs \
     "$root"/cfg/{base_deep_learning_system,continual_backpropagation,head_resetting,retrained_network,shrink_and_perturb}.json "$@"
 for argument in "$@"; do

@@ -14,7 +14,7 @@ configs=("$root"/cfg/small/*.json)
 python=${VENV:-$root/.venv}/bin/python
 
 make -s -C "$root" setup
-[ -x "$python" ] || { echo "error: VENV=$VENV: no environment, since bin/python is not there" >&2; exit 2; }
+[ -x "$python" ] || { echo "error: $python is not there; VENV names an environment" >&2; exit 2; }
 export OMP_NUM_THREADS=1 # so narrow a network gains nothing from a second one
 "$python" "$root/run_sweep.py" --configs "${configs[@]}" --indices "${INDICES:-3-5}" \
     --set "results_dir=${RESULTS:-$root/results/small}" --analyse "$@"

@@ -5,7 +5,6 @@
 
 import functools
 import json
-import sys
 
 import pytest
 import torch
@@ -74,4 +73,4 @@ if __name__ == "__main__":
     recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
     recorded[gpu_name()] = {name: {precision: first_losses(name, precision, GPU) for precision in ("tf32", "bf16")} for name in ALGORITHMS}
     RECORDED.write_text(json.dumps(recorded) + "\n")
-    sys.exit(print(f"{RECORDED}: {gpu_name()}"))
+    print(f"{RECORDED}: {gpu_name()}")

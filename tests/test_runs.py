@@ -14,14 +14,14 @@ from plots.ledger import BEGIN, END
 from plots.run_results import ALGORITHM_LABELS
 
 
-def run(script: str, *arguments: object, **environment: object) -> str:
-    """Run one of the scripts; return what it printed."""
+def run(script: str, *arguments: object, status: int = 0, **environment: object) -> str:
+    """Run one of the scripts, which must end with this status; return what it printed, or where that is not 0, as an error."""
     variables = {key: value for key, value in os.environ.items() if key not in ("INDICES", "RESULTS", "CONFIGS", "LEDGER", "VENV")}
     command = [str(REPOSITORY / "runs" / script), *map(str, arguments)]
     variables |= {key: str(value) for key, value in environment.items()}
     done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stderr if status else done.stdout
 
 
 @pytest.fixture
@@ -56,6 +56,17 @@ def test_the_small_runs_are_those_of_its_configs(calls, tmp_path):
     assert sweep.overrides == [f"results_dir={tmp_path}"]
     default = run_sweep.parse_arguments(calls("small.sh", INDICES="7")["run_sweep.py"][1:])
     assert {Path(path).parent for path in default.configs} == {REPOSITORY / "cfg" / "small"} and default.indices == [7]
+
+
+def test_patterns_of_configs_are_put_in(calls):
+    arguments = calls("small.sh", CONFIGS=f"{REPOSITORY}/cfg/small/*_network.json")["run_sweep.py"][1:]
+    assert run_sweep.parse_arguments(arguments).configs == [f"{REPOSITORY}/cfg/small/retrained_network.json"]
+
+
+@pytest.mark.parametrize(("script", "variable"), [("paper.sh", "LEDGER"), ("paper.sh", "VENV"), ("small.sh", "VENV")])
+def test_what_a_script_lacks_is_one_line_before_any_work(script, variable, tmp_path):
+    error = run(script, "--dry-run", status=2, **{"VENV": sys.prefix, variable: tmp_path / "nowhere"})
+    assert error.startswith("error: ") and error.count("\n") == 1 and "nowhere" in error and variable in error
 
 
 def test_from_nothing_to_figures(tmp_path):
