@@ -41,7 +41,7 @@ from incremental_cifar.run_files import RunFiles
 from incremental_cifar.seeds import Purpose, draw_class_order, experiment_seed, generator_for
 from incremental_cifar.side_by_side import run_side_by_side, show_failures
 from incremental_cifar.stored_run import StoredRun, environment_of
-from incremental_cifar.trackers import Tracking, tracker_name
+from incremental_cifar.trackers import Tracking
 from incremental_cifar.training import choose_device, evaluate, set_arithmetic, set_stepsize, stepsize_at, train_one_epoch
 
 # What mlproj-manager adds to the settings of an experiment that it runs.
@@ -53,8 +53,7 @@ class IncrementalCIFARExperiment(Experiment):
 
     exp_params: a Config, or its settings by name, as a user wrote them. results_dir: the experiment's folder. run_index: 0 to 99,999;
     decides seed, class order and initial weights. verbose: print accuracies and times instead of showing a progress bar. restart: delete
-    what is there of this index, and begin anew. without_models: go on although models of earlier tasks are gone. track: the
-    tracker that keeps a record too, if any.
+    what is there of this index, and begin anew. without_models: go on although models of earlier tasks are gone.
     Raises UserError, before anything is written, if the settings cannot be used or differ from those the stored run was started with, or
     if that cannot be resumed.
     """
@@ -67,7 +66,6 @@ class IncrementalCIFARExperiment(Experiment):
         verbose: bool = True,
         restart: bool = False,
         without_models: bool = False,
-        track: str | None = None,
     ):
         # Experiment.__init__ is not called: it would overwrite the stored config, in place and before any check.
         folder = Path(os.path.abspath(results_dir))
@@ -81,12 +79,10 @@ class IncrementalCIFARExperiment(Experiment):
         self.results_dir = str(folder)
         self.run_index = run_index
         self.verbose = verbose
-        self.track = track
         self.results_dict: dict[str, np.ndarray] = {}
 
-        index_seed = experiment_seed(run_index)
-        self.random_seed = index_seed if config.training_seed is None else config.training_seed
-        self.class_order = draw_class_order(index_seed if config.class_order_seed is None else config.class_order_seed)  # (100,)
+        self.random_seed = experiment_seed(run_index) if config.training_seed is None else config.training_seed
+        self.class_order = draw_class_order(experiment_seed(run_index) if config.class_order_seed is None else config.class_order_seed)
         self.files = RunFiles(folder, run_index)
         self.device = choose_device(config.device)
         stored_config = None if restart else self.files.load_config()
@@ -179,7 +175,7 @@ class IncrementalCIFARExperiment(Experiment):
         If `stop` asks for it, leaves with SystemExit after the current epoch.
         """
         config, learner = self.config, self.learner
-        self.tracking = Tracking(self.track, self.files, config, learner.curves, self.label)
+        self.tracking = Tracking(self.files, config, learner.curves, self.label)
         self.progress = Progress(self.files, config, learner.curves, self.first_epoch, self.verbose, self.label, self.bar_position)
         with self.progress.bar, contextlib.closing(self.tracking):
             self.tracking.update(self.first_epoch)
@@ -305,15 +301,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Config, list[int],
         help="0, 1, ...: decides seed, class order and initial weights (default 0); 0-3 or 0,2: several runs in one process",
     )
     parser.add_argument("--verbose", action="store_true", help="print losses, accuracies and times instead of a progress bar")
-    parser.add_argument("--track", type=tracker_name, metavar="NAME", help="a tracker: tensorboard, wandb or trackio")
     parser.add_argument("--restart", action="store_true", help="delete what is there of these indices, and begin them anew")
     parser.add_argument("--without-models", action="store_true", help="resume, and finish, although stored models are gone")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help="settings that override the config's"
     )
+    parser.add_argument("--track", metavar="NAME", type="track={}".format, action="append", dest="overrides", help="as --set track=NAME")
     parser.add_argument("--explain", nargs="+", action=Explain, metavar="KEY", help="say what settings mean (all: every one); no run")
     parsed = parser.parse_args(arguments)
-    options = {name: getattr(parsed, name) for name in ("verbose", "restart", "without_models", "track")}
+    options = {name: getattr(parsed, name) for name in ("verbose", "restart", "without_models")}
     return load_config(parsed.config, parsed.overrides), parse_indices(parsed.experiment_index), options
 
 

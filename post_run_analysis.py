@@ -46,8 +46,9 @@ from tqdm import tqdm
 from incremental_cifar.cifar100 import ImageSet, load_images
 from incremental_cifar.command_line import OneLineArgumentParser, parse_indices, run_script, warn
 from incremental_cifar.config import NUM_CLASSES, NUM_SEEDS, REPOSITORY, RULES, SIZE_KEYS, Config, UserError, read_sizes, whole_path
+from incremental_cifar.learner import network_of
 from incremental_cifar.learning_curves import STEPS_PER_WINDOW
-from incremental_cifar.resnet import ResNet18, network_of
+from incremental_cifar.resnet import ResNet18
 from incremental_cifar.run_files import RunFiles, array_bytes
 from incremental_cifar.safe_files import check_destinations, write_file
 from incremental_cifar.seeds import Purpose, draw_class_order, experiment_seed, generator_for
@@ -268,7 +269,7 @@ def find_run(folder: Path, index: int, dormant_unit_threshold: float, batch_norm
     experiment_seed(index)  # raises for an index that cannot be
     sizes, stored_keys = read_sizes(files.config_file)
     is_finished = index in finished_indices(folder)
-    class_order = load_class_order(files, is_finished, sizes.class_order_seed)
+    class_order = load_class_order(files, is_finished)
 
     epochs = stored_models(folder).get(index, set())
     expected = [task * sizes.epochs_per_task for task in range(sizes.num_tasks + 1)]
@@ -297,13 +298,14 @@ def find_run(folder: Path, index: int, dormant_unit_threshold: float, batch_norm
     return Run(files, sizes, class_order, tasks_here, settings, digests)
 
 
-def load_class_order(files: RunFiles, is_finished: bool, seed: int | None) -> np.ndarray:
+def load_class_order(files: RunFiles, is_finished: bool) -> np.ndarray:
     """The order in which a run met the classes: (100,) int64. Raises UserError if the file is not such an order.
 
-    The released code stores it when a run ends; of a run in progress without it, the order is what its seed or its index says.
+    The released code stores it when a run ends; of a run in progress without it, the order is what its seed says.
     """
     path = files.array_file("class_order")
     if not is_finished and not path.exists():
+        seed = read_sizes(files.config_file)[0].class_order_seed
         return draw_class_order(experiment_seed(files.index) if seed is None else seed)
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: the class order of this run is not a file")
@@ -332,8 +334,8 @@ def model_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def load_model(path: Path, network: ResNet18 | None = None) -> ResNet18:
-    """Fill a network, or if there is none a new one of the stored width on the CPU, with a stored state dict.
+def load_model(path: Path, network: ResNet18) -> ResNet18:
+    """Fill a network with a stored state dict, and return it.
 
     The state dict may lie in other dicts, and all its names may begin alike, as those of wrapped networks do ("module.", "_orig_mod.").
     Raises UserError if the file cannot be read, holds no network of this kind and size or several, or a value that is not finite. Nothing
@@ -354,7 +356,7 @@ def load_model(path: Path, network: ResNet18 | None = None) -> ResNet18:
     if "sha256" in stored:  # the end of a task may have reset its network already
         raise UserError(f"{path}: a checkpoint, which a run resumes from, and not a model")
     values = dict(_values_by_name(stored))
-    anchor = "conv1.weight" if network is None else next(iter(network.state_dict()))
+    anchor = next(iter(network.state_dict()))
     pattern = re.compile(rf"(?:.*\.)?(?<!layer\d\.\d\.){re.escape(anchor)}")  # of a network, not of its blocks
     starts = [name.removesuffix(anchor) for name in values if pattern.fullmatch(name)]
     if not starts:
@@ -365,11 +367,6 @@ def load_model(path: Path, network: ResNet18 | None = None) -> ResNet18:
         names = ", ".join(f"{start}*" for start in starts)
         raise UserError(f"{path}: holds {len(starts)} networks ({names}); store the one to be analysed alone")
     state = {name.removeprefix(starts[0]): value for name, value in values.items() if name.startswith(starts[0])}
-    if network is None:
-        first = state[anchor]
-        if not _is_plain_tensor(first) or first.dim() != 4 or not RULES["network_width"][0](len(first)):
-            raise UserError(f"{path}: a model of another network; conv1.weight is {_shape(first)}, not (width, 3, 3, 3)")
-        network = network_of(Config(network_width=len(first)))
     expected = network.state_dict()
     state = {name: value for name, value in state.items() if name in expected or isinstance(value, Tensor)}  # no epoch, say
     for name in [*expected, *state]:
@@ -424,14 +421,13 @@ def analyse_run(
     """
     sizes = run.sizes
     random_seed = experiment_seed(run.files.index)
-    # From the stored config, wherever it says the width: others may have changed the network, and its settings.
-    network, initial = None if run.settings["network_width"] is None else network_of(sizes), None
+    network, initial = network_of(sizes).to(train_set.device, memory_format=torch.channels_last), None
     if 0 in run.tasks_here:
-        network = load_model(run.files.model_file(0), network).to(train_set.device, memory_format=torch.channels_last)
+        load_model(run.files.model_file(0), network)
         initial = [parameter.clone() for parameter in network.parameters()]
     for task in tasks:
         path = run.files.model_file(task * sizes.epochs_per_task)
-        network = load_model(path, network).to(train_set.device, memory_format=torch.channels_last)
+        load_model(path, network)
         if task == sizes.num_tasks:
             results[ACCURACY_PER_CLASS] = final_accuracies(network, test_set, run.classes, path)
             progress.update()

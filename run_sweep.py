@@ -21,7 +21,6 @@ from incremental_cifar.config import FIELDS, MOST_RUNS_PER_GPU, REPOSITORY, User
 from incremental_cifar.run_files import Runs, how_it_stands
 from incremental_cifar.sweep_local import LocalSweep, find_places
 from incremental_cifar.sweep_slurm import parse_options, queued_runs, submit
-from incremental_cifar.trackers import tracker_name
 
 GONE = {
     "--then": "it is --analyse now, and the figures follow",
@@ -68,7 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warn(f"{len(queue)} runs are queued on Slurm, and left to it; --status shows them")
         return sweep_here(experiments, packs, places, parsed)
     options = ["--analyse"] * parsed.analyse + ["--keep", parsed.keep, "--retries", str(parsed.retries)]
-    options += ["--track", parsed.track] if parsed.track else []
     submit(packs, queue, parsed.slurm, [*options, "--runs-per-gpu", str(parsed.runs_per_gpu)])
     print(f"Submitted {sum(len(pack.indices) for pack in packs)} runs; {len(queue)} were queued already.")
     return 0
@@ -81,10 +79,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--indices", required=True, metavar="N", help="the indices of every config: 3, or 0-14, or 0,2,5-7")
     several = {"action": "extend", "metavar": "KEY=VALUE"}
     parser.add_argument("--set", **several, nargs="+", default=[], dest="overrides", help="settings that override those of all configs")
+    parser.add_argument("--track", metavar="NAME", type="track={}".format, action="append", dest="overrides", help="as --set track=NAME")
     parser.add_argument("--grid", **several, nargs="+", default=[], dest="grids", help="KEY=V1,V2: every combination is an experiment")
     parser.add_argument("--analyse", action="store_true", help="analyse every run when it is finished, and draw the figures at the end")
     parser.add_argument("--keep", choices=("all", "models", "results"), default="all", help="what stays of finished runs (default all)")
-    parser.add_argument("--track", type=tracker_name, metavar="NAME", help="a tracker of every run: tensorboard, wandb or trackio")
     parser.add_argument("--retries", type=int, default=1, metavar="N", help="how often a run that fails is tried again (default 1)")
     parser.add_argument("--runs-per-gpu", type=int, default=1, metavar="N", help="indices of a config that share a process (default 1)")
     parser.add_argument("--gpus", metavar="N", help="those of this machine to use, as in 0,1 (default: all; without one, the cores)")
@@ -143,7 +141,7 @@ def make_packs(experiments: Sequence[Runs], queue: Mapping[tuple[Path, int], str
 def sweep_here(experiments: Sequence[Runs], packs: Sequence[Runs], places: Mapping[str, dict[str, str]], parsed: argparse.Namespace) -> int:
     """Train, analyse and draw on this machine; return the exit status."""
     before = [pack.progress() for pack in packs]
-    sweep = LocalSweep(packs, places, parsed.retries, parsed.analyse, parsed.keep, parsed.track)
+    sweep = LocalSweep(packs, places, parsed.retries, parsed.analyse, parsed.keep)
     sweep.run()
     problems = sweep.problems
     if sweep.stop_signal is not None:
@@ -161,7 +159,8 @@ def sweep_here(experiments: Sequence[Runs], packs: Sequence[Runs], places: Mappi
 
 
 def show_status(experiments: Sequence[Runs], queue: Mapping[tuple[Path, int], str]) -> int:
-    states, width = collections.Counter[str](), max(len(runs.folder.name) for runs in experiments)
+    states: collections.Counter[str] = collections.Counter()
+    width = max(len(runs.folder.name) for runs in experiments)
     for runs in experiments:
         for files in runs.files:
             state, note = how_it_stands(files, runs.config, queue.get((runs.folder, files.index), ""))

@@ -24,6 +24,7 @@ NUM_CLASSES = 100
 NUM_SEEDS = 100_000  # what mlproj_manager.util.get_random_seeds returns: an index is from 0 to one less
 TRAIN_IMAGES_PER_CLASS = 500  # of CIFAR-100: validation and training images together
 TEST_IMAGES_PER_CLASS = 100
+STEPS_PER_WINDOW = 25  # training losses and accuracies are stored as means over so many steps
 
 
 class UserError(Exception):
@@ -62,7 +63,7 @@ _FOLDER_NAME: Rule = (_is_folder_name, "the name of one folder, of at most 200 b
 _POSITIVE: Rule = (lambda value: value > 0, "greater than 0")
 _BELOW_1: Rule = (lambda value: 0 <= value < 1, "from 0 to below 1")
 _QUANTILE: Rule = (lambda value: 0 < value <= 1, "greater than 0, and at most 1")
-_SEED = _between(0, 2**32 - 1)
+_SEED: Rule = (lambda value: value is None or 0 <= value < 2**32, f"from 0 to {2**32 - 1}")
 _IMAGES = _between(1, TRAIN_IMAGES_PER_CLASS - 1)
 
 
@@ -87,6 +88,7 @@ class Config:
     experiment_name: str = setting("", "Folder in `results_dir`. Empty: the config file's name without `.json`.", _FOLDER_NAME, free=True)
     num_workers: int = setting(0, "Without effect, for released configs: all images live on the device.", _at_least(0), free=True)
     debug: bool = setting(True, "Without effect, for released configs: there it turns off what is off anyway.", free=True)
+    track: str = setting("", "Keep a record in a tracker too. Empty: in none.", _one_of("", "tensorboard", "wandb", "trackio"), free=True)
 
     # The problem; the defaults are the paper's
     dataset: str = setting(
@@ -305,7 +307,10 @@ def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Confi
         overriding[key] = value
     settings = with_whole_folders({key: value for key, value in settings.items() if key not in overriding}, source=str(path))
     settings |= with_whole_folders(overriding, source="--set")
-    return make_config(settings, source=str(path), experiment_name=Path(path).stem)
+    config = make_config(settings, source=str(path), experiment_name=Path(path).stem)
+    if config.track and getattr(importlib.util.find_spec(config.track), "origin", None) is None:  # W&B makes a folder of that name
+        raise UserError(f"--track {config.track}: this package is not installed; python -m pip install {config.track}")
+    return config
 
 
 def grid_points(grids: Iterable[str]) -> list[tuple[str, ...]]:
@@ -413,7 +418,7 @@ def check_same_settings(stored: Config | None, config: Config, where: Path) -> N
 
 def described_differences(keys: Iterable[str], there: dict[str, Any], here: dict[str, Any]) -> str:
     """The settings of these names in two places, for messages."""
-    return ", ".join(f"{key} ({there.get(key)} there, {here.get(key)} here)" for key in keys)
+    return ", ".join(f"{key} ({json.dumps(there.get(key))} there, {json.dumps(here.get(key))} here)" for key in keys)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -492,9 +497,7 @@ def _checked(key: str, value: Any, source: str) -> Any:
     rule_holds, rule = RULES[key]
     wanted = TYPE_NAMES[expected] + (f", {rule}" if rule else "")
     right_type = type(value) is expected or (expected in (float, Seed) and type(value) is int)
-    right_type |= expected == Auto and (type(value) is bool or value == "auto")
-    if expected == Seed and value is None:
-        return None
+    right_type |= (expected == Auto and (type(value) is bool or value == "auto")) or (expected == Seed and value is None)
     if not right_type:
         raise UserError(f"{source}: {key} is {shown}; it must be {wanted}")
     if expected is int and abs(value) >= 2**63:

@@ -12,9 +12,14 @@ from incremental_cifar.algorithms import epoch_metrics, make_algorithms
 from incremental_cifar.command_line import is_memory_full, memory_errors, warn
 from incremental_cifar.config import Config, UserError
 from incremental_cifar.learning_curves import LearningCurves
-from incremental_cifar.resnet import ResNet18, network_of
+from incremental_cifar.resnet import ResNet18, build_network
 from incremental_cifar.run_files import state_bytes
 from incremental_cifar.training import EvaluationStep, TrainingStep, make_optimizer
+
+
+def network_of(config: Config, random_seed: int = 0) -> ResNet18:
+    """The initial network of a run with these settings, on the CPU: what trains it and what reads its models build it here."""
+    return build_network(random_seed, config.network_width)
 
 
 class Learner:

@@ -6,9 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from incremental_cifar.config import NUM_CLASSES
-
-STEPS_PER_WINDOW = 25  # training losses and accuracies are stored as means over so many steps
+from incremental_cifar.config import NUM_CLASSES, STEPS_PER_WINDOW, Config
 
 
 class Metric(NamedTuple):
@@ -61,12 +59,12 @@ class LearningCurves:
         """Mean training accuracy over the 25 steps up to `last_step`; waits for the device."""
         return self.step_accuracies[last_step + 1 - STEPS_PER_WINDOW : last_step + 1].mean().item()
 
-    def epoch_values(self, epoch: int, steps: slice) -> dict[str, float]:
+    def epoch_values(self, epoch: int, config: Config) -> dict[str, float]:
         """What was measured in an epoch, of its steps the means, without what is NaN; waits for the device."""
-        values = {"train_loss_per_epoch": self.step_losses[steps].mean().item()}
-        values["train_accuracy_per_epoch"] = self.step_accuracies[steps].mean().item()
-        values |= {name: float(of_epochs[epoch]) for name, of_epochs in self.per_epoch.items()}
-        return {name: value for name, value in values.items() if not np.isnan(value)}
+        steps = slice(config.steps_before(epoch), config.steps_before(epoch + 1))
+        of_steps = {"train_loss_per_epoch": self.step_losses, "train_accuracy_per_epoch": self.step_accuracies}
+        values = {name: values[steps].mean().item() for name, values in of_steps.items()}
+        return values | {name: float(values[epoch]) for name, values in self.per_epoch.items() if not np.isnan(values[epoch])}
 
     def arrays(self, num_epochs: int, num_steps: int) -> dict[str, np.ndarray]:
         """The metrics, as they are stored, of the first so many epochs and steps of the run."""

@@ -1,6 +1,5 @@
 """What a run shows of itself while it trains: a bar or lines of text on the terminal, and a small file for those who look from outside."""
 
-import datetime
 import os
 import socket
 import sys
@@ -72,24 +71,16 @@ class Progress:
 
     def end_epoch(self, epoch: int) -> None:
         """After the epoch's evaluation; its values are in the curves."""
-        accuracy = self.curves.per_epoch["test_accuracy_per_epoch"][epoch]
-        self.bar.set_postfix_str(f"epoch {epoch + 1}, test accuracy {accuracy:.3f}", refresh=False)
-        if self.is_verbose:
-            values = self.curves.epoch_values(epoch, slice(self.first_step, self.config.steps_before(epoch + 1)))
-            for name in ("validation", "test"):
-                self.say(f"\t{name} accuracy: {values[f'{name}_accuracy_per_epoch']:.4f}, loss: {values[f'{name}_loss_per_epoch']:.4f}")
-            self.say(f"\ttraining loss: {values['train_loss_per_epoch']:.4f}")
-            left = datetime.timedelta(seconds=round(self.seconds_left(epoch + 1)))
-            self.say(f"\tepoch run time: {values['epoch_runtime']:.2f} s, time left: {left}")
+        values = {name: values[epoch] for name, values in self.curves.per_epoch.items()}
+        self.bar.set_postfix_str(f"epoch {epoch + 1}, test accuracy {values['test_accuracy_per_epoch']:.3f}", refresh=False)
+        self.say(f"\ttraining loss: {self.curves.step_losses[self.first_step : self.config.steps_before(epoch + 1)].mean():.4f}")
+        self.say(f"\tvalidation accuracy: {values['validation_accuracy_per_epoch']:.4f}, loss: {values['validation_loss_per_epoch']:.4f}")
+        self.say(f"\ttest accuracy: {values['test_accuracy_per_epoch']:.4f}, loss: {values['test_loss_per_epoch']:.4f}")
+        self.say(f"\tepoch run time: {values['epoch_runtime']:.2f} s")
 
     def say(self, text: str) -> None:
         if self.is_verbose:
             print(self.label + text, flush=True)
-
-    def seconds_left(self, num_epochs: int) -> float | None:
-        """How long the run still takes after so many epochs, by the work of this process so far; None if there was none."""
-        done, before, total = (work_before(self.config, epoch) for epoch in (num_epochs, self.first_epoch, self.config.num_epochs))
-        return (time.monotonic() - self.start) / (done - before) * (total - done) if done > before else None
 
     def report(self, num_epochs: int, at_once: bool = False) -> None:
         """Write `progress/index-K.json`, at most once a second: how far, how accurate, how long still (seconds), where."""
@@ -98,6 +89,10 @@ class Progress:
             return
         self.last_report = now
         config = self.config
+        done, before = work_before(config, num_epochs), work_before(config, self.first_epoch)
+        left = (now - self.start) / (done - before) * (work_before(config, config.num_epochs) - done) if done > before else None
+        if left is not None:
+            self.say(f"\ttime left: {tqdm.format_interval(left)}")
         job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
         self.files.save_progress(
             {
@@ -106,7 +101,7 @@ class Progress:
                 "task": min(num_epochs // config.epochs_per_task + 1, config.num_tasks),
                 "num_tasks": config.num_tasks,
                 "test_accuracy": float(self.curves.per_epoch["test_accuracy_per_epoch"][num_epochs - 1]) if num_epochs else None,
-                "seconds_left": self.seconds_left(num_epochs),
+                "seconds_left": left,
                 "host": socket.gethostname(),
                 "process": os.getpid(),
                 "slurm_job": "_".join(job) if all(job) else os.environ.get("SLURM_JOB_ID"),

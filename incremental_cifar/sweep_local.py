@@ -69,9 +69,9 @@ def say(text: str) -> None:
 class LocalSweep:
     """Packs, and the places that train and analyse them. A signal is passed on to all processes as SIGTERM, and nothing new begins."""
 
-    def __init__(self, packs: Sequence[Runs], places: dict[str, dict[str, str]], retries: int, analyse: bool, keep: str, track: str = ""):
+    def __init__(self, packs: Sequence[Runs], places: dict[str, dict[str, str]], retries: int, analyse: bool, keep: str):
         self.waiting, self.places = collections.deque(packs), places
-        self.retries, self.analyse, self.keep, self.track = retries, analyse, keep, ["--track", track] if track else []
+        self.retries, self.analyse, self.keep = retries, analyse, keep
         self.stop_signal: int | None = None
         self.problems: list[str] = []
         self.processes: set[subprocess.Popen] = set()
@@ -139,7 +139,7 @@ class LocalSweep:
     def run_process(self, part: Runs, what: str, place: str) -> str:
         """Train or analyse in a process of its own, its output in a log; return how it ended and why, empty if well."""
         log, config = part.folder / "logs" / f"index-{part.indices_text}.log", part.for_gpu(place.startswith("GPU")).config
-        script = ["incremental_cifar_experiment.py", "--config", part.source, *self.track, "--set", *overrides_of(config)]
+        script = ["incremental_cifar_experiment.py", "--config", part.source, "--set", *overrides_of(config)]
         if what == "analyse":
             script = ["post_run_analysis.py", "--results_dir", str(part.folder), "--data_path", config.data_path, "--device", config.device]
         command = [sys.executable, str(REPOSITORY / script[0]), *script[1:], "--experiment-index", part.indices_text]
@@ -147,7 +147,8 @@ class LocalSweep:
             make_folder(log.parent)
             with open(log, "ab", buffering=0) as file:
                 share(file.fileno(), log.parent)
-                file.write(f"\n=== started: {time.strftime('%F %T')}, {os.uname().nodename}, {place}: {shlex.join(command)}\n".encode())
+                now, host = time.strftime("%F %T"), os.uname().nodename
+                file.write(f"\n=== started: {now}, {host}, {place}: {shlex.join(command)}\n".encode())
                 streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
                 process = subprocess.Popen(command, **streams, env=os.environ | self.places[place])
                 self.processes.add(process)

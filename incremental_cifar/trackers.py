@@ -1,28 +1,25 @@
 """A run's record in a tracker, where --track asks for one; its package is imported only then. docs/numbers.md tells more.
 
-Another tracker is a class with the three methods of TensorBoard, and an entry in TRACKERS under the name of its package.
+Another one is a class with the three methods of TensorBoard, which `Tracking` and config.py know by the name of its package.
 """
 
-import importlib.util
 import json
 import os
 import shutil
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from incremental_cifar.command_line import warn
-from incremental_cifar.config import Config, UserError
+from incremental_cifar.config import Config
+from incremental_cifar.learning_curves import LearningCurves
 from incremental_cifar.run_files import RunFiles
 from incremental_cifar.safe_files import read_note, write_note
 
-if TYPE_CHECKING:
-    from incremental_cifar.learning_curves import LearningCurves  # it imports PyTorch
-
 
 class TensorBoard:
-    def begin(self, folder: Path, key: str, config: dict[str, Any]) -> int:
-        """Begin a record, or go on with that of this key, which no other run has; return how many epochs it holds."""
+    def begin(self, folder: Path, key: str, config: dict[str, Any]) -> int | None:
+        """Begin a record, or go on with that of this key, which no other run has; return how many epochs it holds, if any."""
         from torch.utils.tensorboard import SummaryWriter
 
         for path in folder.glob("events.out.tfevents.*"):  # of a killed process, which may have come further than the run
@@ -31,7 +28,6 @@ class TensorBoard:
         threading.excepthook = lambda failed: "AsyncWriter" in type(failed.thread).__name__ or threading.__excepthook__(failed)
         self.writer = SummaryWriter(folder, purge_step=0)  # whoever looks at those files now forgets them
         self.writer.add_text("config", f"```\n{json.dumps(config, indent=1)}\n```")
-        return 0
 
     def record(self, epoch: int, values: dict[str, float]) -> None:
         """Add what was measured in an epoch, counted from 1, by metric."""
@@ -47,14 +43,12 @@ class WeightsAndBiases:
     def begin(self, folder: Path, key: str, config: dict[str, Any]) -> int:
         import wandb
 
-        if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.login(prompt=False):  # it would ask for one, and wait
-            raise RuntimeError("no account; wandb login, or WANDB_MODE=offline")
-        place = os.environ.get("WANDB_DIR", folder)
-        for path in Path(place).glob(f"wandb/offline-run-*-{key}"):  # what is in these goes into the one begun here
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")  # else it would ask for an account
+        for path in folder.glob(f"wandb/offline-run-*-{key}"):  # what is in these goes into the one begun here
             shutil.rmtree(path)
         project, group = os.environ.get("WANDB_PROJECT", "incremental-cifar"), config["experiment_name"]
-        how = {"resume": "allow", "reinit": "create_new", "settings": wandb.Settings(console="off", finish_timeout=60)}
-        self.run = wandb.init(project=project, group=group, name=f"{group} {config['index']}", id=key, config=config, dir=place, **how)
+        how = {"resume": "allow", "reinit": "create_new", "mode": mode, "settings": wandb.Settings(console="off", finish_timeout=60)}
+        self.run = wandb.init(project=project, group=group, name=f"{group} {config['index']}", id=key, config=config, dir=folder, **how)
         return max(self.run.step - 1, 0)  # steps are epochs; offline, there are none yet
 
     def record(self, epoch: int, values: dict[str, float]) -> None:
@@ -73,36 +67,23 @@ class Trackio(WeightsAndBiases):
         return max(self.run._next_step - 1, 0)  # nothing public says it
 
 
-TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "trackio": Trackio}
-
-
-def tracker_name(name: str) -> str:
-    """Return the name of a tracker. Raises UserError if there is none of that name, or if its package is not installed."""
-    if name not in TRACKERS:
-        raise UserError(f'--track: got "{name}"; it must be one of {", ".join(TRACKERS)}')
-    package = importlib.util.find_spec(name)
-    if package is None or package.origin is None:  # a folder of that name, as W&B makes where it is called
-        raise UserError(f"--track {name}: this package is not installed; python -m pip install {name}")
-    return name
-
-
 class Tracking:
-    """The record of a run in the tracker of this name, if any: every epoch once, also where a resumed run repeats it or it was lost."""
+    """The record of a run in its tracker, if it has one: every epoch once, also where a resumed run repeats it or it was lost."""
 
-    def __init__(self, name: str | None, files: RunFiles, config: Config, curves: "LearningCurves", label: str):
-        self.name, self.config, self.curves, self.label = name, config, curves, label
-        self.tracker: Any = TRACKERS[name]() if name else None
+    def __init__(self, files: RunFiles, config: Config, curves: LearningCurves, label: str):
+        self.config, self.curves, self.label = config, curves, label
+        trackers = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "trackio": Trackio}
+        self.tracker: Any = trackers[config.track]() if config.track else None
         if self.tracker is not None:
-            note = files.folder / "tracking" / f"index-{files.index}" / f"{name}.json"
+            note = files.folder / "tracking" / f"index-{files.index}" / f"{config.track}.json"
             key = read_note(note).get("key") or os.urandom(4).hex()
             write_note(note, {"key": key})
-            self.num_epochs = self.call("begin", note.parent, key, {"index": files.index, **config.to_dict()})
+            self.num_epochs = self.call("begin", note.parent, key, {"index": files.index, **config.to_dict()}) or 0
 
     def update(self, num_epochs: int) -> None:
         """Add what the record lacks of the run's first so many epochs."""
         while self.tracker is not None and self.num_epochs < num_epochs:
-            steps = slice(*map(self.config.steps_before, (self.num_epochs, self.num_epochs + 1)))
-            self.call("record", self.num_epochs + 1, self.curves.epoch_values(self.num_epochs, steps))
+            self.call("record", self.num_epochs + 1, self.curves.epoch_values(self.num_epochs, self.config))
             self.num_epochs += 1
 
     def close(self) -> None:
@@ -114,4 +95,4 @@ class Tracking:
             return getattr(self.tracker, method)(*arguments) if self.tracker is not None else None
         except (Exception, SystemExit) as error:  # of whatever kind a package of others raises
             self.tracker, reason = None, " ".join(str(error).split())[:200] or type(error).__name__
-            warn(f"{self.label}--track {self.name}: {reason}; the run goes on without it")
+            warn(f"{self.label}--track {self.config.track}: {reason}; the run goes on without it")

@@ -3,7 +3,6 @@
 python plots/export.py --results_dir results --output results.csv
 """
 
-import argparse
 import importlib.util
 import os
 import re
@@ -16,12 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the parts are
 import numpy as np
 
 from incremental_cifar.command_line import OneLineArgumentParser, run_script
-from incremental_cifar.config import Config, UserError, read_sizes
+from incremental_cifar.config import NUM_CLASSES, STEPS_PER_WINDOW, Config, UserError, read_sizes
 from incremental_cifar.safe_files import check_destinations, write_file
-from plots.run_results import add_results_argument, algorithm_folders, read_values
+from plots.run_results import add_results_argument, read_values
 
-METRICS = re.compile(r"class_order|accuracy_per_class_in_order|.*_(per_epoch|runtime|per_checkpoint|analysis)")
-STEPS_PER_WINDOW = 25  # as in learning_curves.py, which imports PyTorch
+ARRAY = re.compile(r"([^.].*)/(class_order|.*_(?:in_order|per_epoch|runtime|per_checkpoint|analysis))/index-(\d+)\.npy")
 
 
 def results_table(results_dir: str | os.PathLike) -> "pandas.DataFrame":  # noqa: F821 (imported below: it takes a second)
@@ -32,27 +30,25 @@ def results_table(results_dir: str | os.PathLike) -> "pandas.DataFrame":  # noqa
     """
     import pandas
 
-    parts = []
-    for algorithm in algorithm_folders(Path(results_dir)):
-        for path in Path(results_dir, algorithm).glob("*/index-*.npy"):
-            metric, index = path.parent.name, path.stem.removeprefix("index-")
-            if METRICS.fullmatch(metric) and index.isdecimal():
-                config_file = path.parent.parent / "config_files" / f"{path.stem}.json"
-                columns = positions(metric, read_sizes(config_file)[0])
-                values = read_values(path, len(columns["task"]), "values", -np.inf, np.inf)
-                if len(values) != len(columns["task"]) and not config_file.is_file():
-                    raise UserError(f"{path}: not as long as the paper's; copy {config_file} too, which says what it holds")
-                names = {"algorithm": algorithm, "index": int(index), "metric": metric}
-                parts.append(pandas.DataFrame(names | columns)[: len(values)].assign(value=values))
+    root, parts = Path(results_dir), []
+    for path in root.glob("*/*/index-*.npy"):
+        if match := ARRAY.fullmatch(path.relative_to(root).as_posix()):
+            algorithm, metric, index = match.groups()
+            config, _ = read_sizes(config_file := root / algorithm / "config_files" / f"{path.stem}.json")
+            rows = pandas.DataFrame({"algorithm": algorithm, "index": int(index), "metric": metric} | positions(metric, config))
+            values = read_values(path, len(rows), "values", -np.inf, np.inf)
+            if len(values) != len(rows) and not config_file.is_file():
+                raise UserError(f"{path}: not as long as the paper's; copy {config_file} too, which says what it holds")
+            parts.append(rows[: len(values)].assign(value=values))
     if not parts:
-        raise UserError(f"{results_dir}: no runs here; --results_dir names the folder that holds one folder per algorithm")
+        raise UserError(f"{root}: no runs here; --results_dir names the folder that holds one folder per algorithm")
     return pandas.concat(parts).sort_values(["algorithm", "index", "metric"], kind="stable", ignore_index=True)
 
 
 def positions(metric: str, config: Config) -> dict[str, np.ndarray]:
     """Task, number of classes and epoch of each value that a finished run has of a metric: integers (values,)."""
     task, epoch = np.arange(1, config.num_tasks + 1), np.arange(1, config.num_epochs + 1)
-    classes = np.arange(1, (100 if metric == "class_order" else config.num_tasks * config.classes_per_task) + 1)
+    classes = np.arange(1, (NUM_CLASSES if metric == "class_order" else config.num_tasks * config.classes_per_task) + 1)
     if metric.endswith("_in_order") or metric == "class_order":  # in the task that brings a class; it is that number in the order
         return {"task": -(-classes // config.classes_per_task), "number_of_classes": classes, "epoch": classes * 0 + config.num_epochs}
     if metric.endswith("_per_checkpoint"):
@@ -65,27 +61,20 @@ def positions(metric: str, config: Config) -> dict[str, np.ndarray]:
     return {"task": task, "number_of_classes": config.classes_per_task * task, "epoch": epoch}
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, checked. Raises UserError."""
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = OneLineArgumentParser(description="Write all numbers of stored runs into one table, a row per value.")
     add_results_argument(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="the file to write, .csv or .parquet")
     parsed = parser.parse_args(arguments)
-    if parsed.output.suffix not in (".csv", ".parquet"):
-        raise UserError(f"--output {parsed.output}: the name must end in .csv or .parquet")
-    for name in ["pandas", "pyarrow"][: 1 + (parsed.output.suffix == ".parquet")]:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"--output {parsed.output}: {name} is not installed; python -m pip install {name}")
-    check_destinations(parsed.output)
-    return parsed
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parsed = parse_arguments(arguments)
+    output, needed = parsed.output, {".csv": ["pandas"], ".parquet": ["pandas", "pyarrow"]}
+    if output.suffix not in needed:
+        raise UserError(f"--output {output}: the name must end in .csv or .parquet")
+    if missing := [name for name in needed[output.suffix] if importlib.util.find_spec(name) is None]:
+        raise UserError(f"--output {output}: {missing[0]} is not installed; python -m pip install {' '.join(missing)}")
+    check_destinations(output)
     table = results_table(parsed.results_dir)
-    is_csv = parsed.output.suffix == ".csv"
-    write_file(parsed.output, table.to_csv(index=False, na_rep="NaN").encode() if is_csv else table.to_parquet(index=False))
-    print(f"Wrote {parsed.output}: {len(table):,} values")
+    write_file(output, table.to_csv(index=False, na_rep="NaN").encode() if output.suffix == ".csv" else table.to_parquet(index=False))
+    print(f"Wrote {output}: {len(table):,} values")
     return 0
 
 

@@ -16,7 +16,6 @@ with a remark. n runs, p points (tasks or epochs). Nothing is unpickled.
 """
 
 import argparse
-import itertools
 import os
 import re
 import sys
@@ -407,13 +406,12 @@ def make_curves(runs: dict[str, list[Run]], metric: Metric, per_epoch: bool = Fa
     ]
     curves = []
     remarks = [f"Taken to be of the paper's sizes, as config_files/ holds none of: {', '.join(without_config)}"] if without_config else []
-    for key, algorithm in itertools.product(SEED_KEYS, runs):
-        given = {run.index: seed for run in runs[algorithm] if (seed := getattr(run.sizes, key)) is not None}
-        for seed in sorted(set(given.values())):
-            of_seed = indices_text([index for index, value in given.items() if value == seed])
-            remarks.append(f"{algorithm_label(algorithm)}: {key} {seed} in {of_seed}")
     short_retrained: dict[int, tuple[int, int]] = {}
     for algorithm in runs:
+        seeds = {(key, seed) for run in runs[algorithm] for key in SEED_KEYS if (seed := getattr(run.sizes, key)) is not None}
+        for key, seed in sorted(seeds):
+            of_seed = indices_text([run.index for run in runs[algorithm] if getattr(run.sizes, key) == seed])
+            remarks.append(f"{algorithm_label(algorithm)}: {key} {seed} in {of_seed}")
         if metric.is_relative and algorithm == RETRAINED:
             continue
         label = algorithm_label(algorithm)
