@@ -135,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if tasks:
                 sizes = run.sizes
                 train_images_per_class = sizes.validation_images_per_class + sizes.train_images_per_class
-                images = load_images_once(sizes.dataset, parsed.data_path, train_images_per_class, sizes.test_images_per_class)
+                data_path = parsed.data_path or (sizes.data_path if os.path.isdir(sizes.data_path) else str(REPOSITORY / "data"))
+                images = load_images_once(sizes.dataset, data_path, train_images_per_class, sizes.test_images_per_class)
                 train_set, test_set = (ImageSet(split, device) for split in images)
                 analyse_run(run, stored, tasks, train_set, test_set, parsed.dormant_unit_threshold, parsed.batch_norm, progress)
             if changed:
@@ -161,9 +162,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--data_path",
-        default=str(REPOSITORY / "data"),
         metavar="PATH",
-        help="folder that holds, or will hold, cifar-100-python/ (default data/ beside this script)",
+        help="folder that holds, or will hold, cifar-100-python/ (default: the run's, or, if that is not there, data/ beside this script)",
     )
     parser.add_argument(
         "--dormant_unit_threshold",
@@ -193,7 +193,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not is_valid_device(parsed.device):
         raise UserError(f'--device: got "{parsed.device}"; it must be {valid_devices}')
     parsed.results_dir = whole_path(parsed.results_dir, "--results_dir")
-    parsed.data_path = whole_path(parsed.data_path, "--data_path")
+    parsed.data_path = parsed.data_path and whole_path(parsed.data_path, "--data_path")
     return parsed
 
 

@@ -118,8 +118,9 @@ def show_error(error: Exception, where: str = "") -> None:
 
 
 def warn(message: str) -> None:
-    """Print a one-line warning on standard error."""
-    print("warning: " + message, file=sys.stderr, flush=True)
+    """Print a one-line warning on standard error, above progress bars if there are any."""
+    show = sys.modules["tqdm"].tqdm.write if "tqdm" in sys.modules else print
+    show("warning: " + message, file=sys.stderr)
 
 
 # What asks a run to stop after its epoch: Ctrl-C, the wishes of batch systems, a lost connection.

@@ -452,12 +452,12 @@ def read_stored(path: Path, what: str = "config") -> dict[str, Any] | None:
 
 
 def read_sizes(path: Path) -> tuple[Config, set[str]]:
-    """The sizes and seeds in a stored config, the paper's sizes where it names none or is not there; and the keys of these that it names.
+    """Sizes, seeds and data_path of a stored config, the defaults where it names none or is not there; and the keys of these it names.
 
     Other keys are passed over: the released code stores settings, and its running state, that are unknown here. Raises UserError.
     """
     settings = read_stored(path) or {}
-    sizes = {key: settings[key] for key in (*SIZE_KEYS, *SEED_KEYS) if key in settings}
+    sizes = {key: settings[key] for key in (*SIZE_KEYS, *SEED_KEYS, "data_path") if key in settings}
     return make_config(sizes, source=str(path)), set(sizes)
 
 

@@ -1,8 +1,10 @@
 """What a run's numbers come from besides its settings: date, versions, device and code; and how those of two processes differ."""
 
 import datetime
+import difflib
 import hashlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 import threading
@@ -51,9 +53,10 @@ def describe_environment(device: torch.device, is_compiled: bool, is_recorded: b
 
 
 def code_difference() -> bytes:
-    """How the tracked files here differ from the commit (`git diff HEAD`); empty if they do not, or without git or a checkout.
+    """How the tracked files here differ from the commit (`git diff HEAD`), and the Python files that git neither tracks nor ignores.
 
-    Of a difference longer than LONGEST_DIFFERENCE, or one that git does not give within GIT_SECONDS, a line that says so.
+    Empty if there is nothing of that, or without git or a checkout. Of a difference longer than LONGEST_DIFFERENCE, or one that git does
+    not give within GIT_SECONDS, a line that says so.
     """
     command = [*GIT, "diff", "--relative", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD"]
     try:
@@ -68,11 +71,28 @@ def code_difference() -> bytes:
         if len(difference) > LONGEST_DIFFERENCE:
             git.kill()
     too_late.cancel()
+    if git.returncode == 0:
+        difference += new_code()
     if len(difference) > LONGEST_DIFFERENCE:
         return f"# not stored: git diff HEAD is longer than {LONGEST_DIFFERENCE:,} bytes\n".encode()
     if git.returncode < 0:
         return f"# not stored: git diff HEAD took longer than {GIT_SECONDS} s\n".encode()
     return difference if git.returncode == 0 else b""
+
+
+def new_code() -> bytes:
+    """The Python files here that git neither tracks nor ignores, as a difference that `git apply` takes."""
+    listing = [*GIT, "ls-files", "-z", "--others", "--exclude-standard", "--", "*.py"]
+    try:
+        names = subprocess.run(listing, capture_output=True, timeout=GIT_SECONDS).stdout.split(b"\0")[:-1]
+        contents = [Path(GIT[-1], os.fsdecode(name)).read_bytes() for name in names]
+    except (OSError, subprocess.SubprocessError):
+        return b""
+    parts: list[bytes] = []
+    for name, content in zip(names, contents, strict=True):
+        lines = [line + b"\n" for line in content.removesuffix(b"\n").split(b"\n")]
+        parts += difflib.diff_bytes(difflib.unified_diff, [], lines, b"/dev/null", b"b/" + name)
+    return b"".join(parts)
 
 
 def installed_version(package: str) -> str | None:

@@ -29,13 +29,24 @@ def checkout(tmp_path, monkeypatch):
     return folder
 
 
-def test_the_difference_is_that_of_the_tracked_files_here(checkout):
+def test_the_difference_is_that_of_the_files_here_and_of_new_ones(checkout):
     assert code_difference() == b""
-    (checkout / "untracked.py").write_text("new\n")
+    (checkout / "new.txt").write_text("new\n")
     (checkout.parent / "elsewhere.txt").write_text("two\n")
+    (checkout / ".gitignore").write_text("ignored.py\n")
+    (checkout / "ignored.py").write_text("new\n")
     assert code_difference() == b""
     (checkout / "step.py").write_text("two\n")
     assert code_difference().endswith(b"--- a/step.py\n+++ b/step.py\n@@ -1 +1 @@\n-one\n+two\n")
+    (checkout / "algorithms").mkdir()
+    (checkout / "algorithms/mine é.py").write_text("first\n\nlast")  # of no commit yet
+    difference = code_difference()
+    assert difference.endswith("+two\n--- /dev/null\n+++ b/algorithms/mine é.py\n@@ -0,0 +1,3 @@\n+first\n+\n+last\n".encode())
+    for name in ("step.py", "algorithms/mine é.py"):
+        (checkout / name).unlink()
+    subprocess.run(["git", "checkout", "-q", "step.py"], cwd=checkout, check=True)
+    subprocess.run(["git", "apply", "--directory=code"], cwd=checkout.parent, input=difference, check=True)
+    assert (checkout / "step.py").read_text() == "two\n" and (checkout / "algorithms/mine é.py").read_text() == "first\n\nlast\n"
     (checkout / "step.py").write_text("two\n" * environment.LONGEST_DIFFERENCE)
     assert code_difference() == b"# not stored: git diff HEAD is longer than 1,048,576 bytes\n"
 

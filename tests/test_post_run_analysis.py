@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPU, TINY, everything_in, tiny_arguments
+from conftest import GPU, REPOSITORY, TINY, everything_in, tiny_arguments
 
 import incremental_cifar_experiment
 import post_run_analysis
@@ -483,6 +483,19 @@ def test_folders_are_put_together_as_everywhere(experiment, monkeypatch, capsys)
 
 
 # --- The released code's results -------------------------------------------------------------------------------------------------
+
+
+def test_images_are_by_default_where_the_run_had_them(experiment, tmp_path, monkeypatch, capsys):
+    def nowhere(dataset, data_path, *_):
+        raise UserError(data_path)
+
+    monkeypatch.setattr(post_run_analysis, "load_images", nowhere)
+    (tmp_path / "there").mkdir()
+    beside_the_script = str(REPOSITORY / "data")
+    for stored, place in {str(tmp_path / "there"): str(tmp_path / "there"), str(tmp_path / "gone"): beside_the_script}.items():
+        change_config(experiment, data_path=stored)
+        assert analyse(experiment) == 2
+        assert capsys.readouterr().err == f"error: {place}\n"
 
 
 def test_results_in_the_released_layout_are_analysed(tmp_path, monkeypatch, capsys):
