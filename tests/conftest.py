@@ -18,14 +18,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 REFERENCE = Path(__file__).resolve().parent / "reference"
 ALGORITHMS = tuple(sorted(path.stem for path in (REPOSITORY / "cfg").glob("*.json")))
 
-# A run of 3 tasks x 4 epochs with 4, 8 and 12 steps per epoch: about two seconds.
+# A run of 3 tasks x 4 epochs with 4, 8 and 12 steps per epoch: about a second.
 TINY = {
     "dataset": "synthetic",
     "num_tasks": 3,
     "classes_per_task": 2,
     "epochs_per_task": 4,
-    "batch_size": 10,
-    "train_images_per_class": 20,
+    "batch_size": 5,
+    "train_images_per_class": 10,
     "validation_images_per_class": 5,
     "test_images_per_class": 5,
     "network_width": 2,

@@ -129,7 +129,7 @@ def imagined_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
         monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 2**30)
-        monkeypatch.setattr(bench, "IMAGES_PER_CLASS", 45, raising=False)
+        monkeypatch.setattr(bench, "IMAGES_PER_CLASS", 9, raising=False)
         monkeypatch.setattr(bench, "CLASSES_OF_EPOCHS", (1, 2), raising=False)
 
     return use
@@ -137,7 +137,7 @@ def imagined_gpu(monkeypatch):
 
 def test_on_a_gpu_there_are_more_rows_and_several_runs_side_by_side(imagined_gpu, capsys):
     imagined_gpu(lambda function, device: (function, function()))
-    assert run_script(bench.main, [*SMALL, *ONE, "--classes", "2", "--precisions", "bf16", "--profile"]) == 0
+    assert run_script(bench.main, [*SMALL, *ONE, "--batch-size", "9", "--classes", "2", "--precisions", "bf16", "--profile"]) == 0
     output, errors = capsys.readouterr()
     assert errors.splitlines() == ["warning: the profiler saw no kernels; it may lack the permission to"] and "not recorded" not in output
     assert f"CUDA {torch.version.cuda}" in output and "one run has the GPU reserve 1.00 GiB" in output.splitlines()[0]
@@ -165,7 +165,7 @@ def test_a_row_whose_recording_failed_says_so(imagined_gpu, capsys):
         return function, function()
 
     imagined_gpu(refuse_the_second)
-    assert run_script(bench.main, [*SMALL, *ONE, "--classes", "2", "--precisions", "fp32"]) == 0
+    assert run_script(bench.main, [*SMALL, *ONE, "--batch-size", "9", "--classes", "2", "--precisions", "fp32"]) == 0
     output, errors = capsys.readouterr()
     assert "the bare loop cannot be recorded as a CUDA graph (operation not permitted)" in errors
     found = tables(output)

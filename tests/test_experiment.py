@@ -188,7 +188,7 @@ def test_other_settings_are_refused_and_named(uninterrupted, script):
     before = everything_in(folder)
     run = script(tiny_arguments("base_deep_learning_system", folder.parent, stepsize=0.2, batch_size=11))
     assert run.wait() == 2
-    assert "batch_size (10 there, 11 here), stepsize (0.1 there, 0.2 here)" in run.output() and run.output().count("\n") == 1
+    assert "batch_size (5 there, 11 here), stepsize (0.1 there, 0.2 here)" in run.output() and run.output().count("\n") == 1
     assert everything_in(folder) == before
 
 
@@ -300,7 +300,7 @@ def test_each_epoch_gets_the_right_images_classes_and_step_size(tmp_path, monkey
     script_module.IncrementalCIFARExperiment(settings, str(tmp_path / "run"), 3, verbose=False).run()
 
     order = draw_class_order(experiment_seed(3)).tolist()
-    images, test_images = draw_synthetic_images(25, 5)
+    images, test_images = draw_synthetic_images(15, 5)
     assert [classes for _, classes, *_ in trained] == [order[:2]] * 4 + [order[:4]] * 4
     assert [epoch for _, _, epoch, *_ in trained] == list(range(8))
     assert [first_step for *_, first_step, _, _ in trained] == [0, 4, 8, 12, 16, 24, 32, 40]
@@ -794,7 +794,7 @@ def test_resuming_in_another_environment_warns(tmp_path, script):
 
 
 def test_verbose_output(tmp_path, script):
-    arguments = [*tiny_arguments("base_deep_learning_system", tmp_path, num_tasks=1, train_images_per_class=130), "--verbose"]
+    arguments = [*tiny_arguments("base_deep_learning_system", tmp_path, num_tasks=1, train_images_per_class=65), "--verbose"]
     run = script(arguments)
     assert run.wait() == 0
     output = run.output()
@@ -811,7 +811,7 @@ def test_progress_counts_work_not_epochs(tmp_path, capsys):
     experiment = IncrementalCIFARExperiment(dict(TINY), str(tmp_path / "run"), 0, verbose=False)
     assert work_before(experiment.config, 4) / work_before(experiment.config, 12) == pytest.approx(1 / 6)
     experiment.run()
-    assert experiment.progress.bar.n == experiment.progress.bar.total == (2 + 4 + 6) * 4 * (3 * 20 + 5 + 5)
+    assert experiment.progress.bar.n == experiment.progress.bar.total == (2 + 4 + 6) * 4 * (3 * 10 + 5 + 5)
     assert "100.0%" in capsys.readouterr().err
 
 

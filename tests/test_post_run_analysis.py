@@ -89,7 +89,7 @@ def test_a_finished_run_gets_all_metrics(experiment, capsys):
 
 @pytest.mark.parametrize("batch_norm", ["batch", "running"])
 def test_the_numbers_are_those_of_a_plain_computation(batch_norm, experiment):
-    """All 25 images of a class are fewer than 1,000, so the computation can be done again without any drawing."""
+    """All 15 images of a class are fewer than 1,000, so the computation can be done again without any drawing."""
     assert analyse(experiment, "--batch_norm", batch_norm, "--dormant_unit_threshold", "0.2") == 0
     results = analysis_of(experiment)
     num_validation = TINY["validation_images_per_class"]
@@ -109,9 +109,9 @@ def test_the_numbers_are_those_of_a_plain_computation(batch_norm, experiment):
                 continue
             network.train(batch_norm == "batch").double()
             logits, features = network(normalise(torch.from_numpy(train[classes].reshape(-1, 32, 32, 3))).double())
-            if shown == "next_task":  # 50 images, so one batch
+            if shown == "next_task":  # 30 images, so one batch
                 seen = class_order[: start + CLASSES].tolist()
-                labels = torch.arange(start, start + CLASSES).repeat_interleave(25)
+                labels = torch.arange(start, start + CLASSES).repeat_interleave(15)
                 gradients = torch.autograd.grad(F.cross_entropy(logits[:, seen], labels), list(network.parameters()))
                 values = torch.cat([g[seen].flatten() if len(g) == 100 else g.flatten() for g in gradients]).numpy()
                 norm, zero_share = (results[metric][task] for metric in GRADIENT_METRICS)
