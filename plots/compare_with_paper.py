@@ -33,8 +33,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))  # the parts are found wherever this script is called from
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the parts are found wherever this script is called from
 
 import numpy as np
 from scipy.stats import false_discovery_control, ttest_ind_from_stats
@@ -42,22 +41,10 @@ from scipy.stats import false_discovery_control, ttest_ind_from_stats
 from incremental_cifar.command_line import OneLineArgumentParser, run_script
 from incremental_cifar.config import Config, UserError
 from incremental_cifar.safe_files import around_block, check_destinations, write_file
-from plots.drawing import (
-    FULL_WIDTH,
-    GREY,
-    SINGLE_COLUMN,
-    STYLE,
-    add_axes,
-    add_notes,
-    new_figure,
-    notes_height,
-    number_of_classes_axis,
-    strokes,
-    wrapped,
-)
+from plots.drawing import COLOURS, FULL_WIDTH, GREY, SINGLE_COLUMN, add_axes, in_style, new_figure, number_of_classes_axis, wrapped
 from plots.ledger import BEGIN, END, RESULTS, update_ledger
 from plots.output_files import write_figure
-from plots.plain_matplotlib import Figure, rc_context
+from plots.plain_matplotlib import Figure
 from plots.published_curves import PublishedCurve, read_published_curves
 from plots.run_results import (
     ALGORITHM_LABELS,
@@ -73,6 +60,7 @@ from plots.run_results import (
     algorithm_folders,
     algorithm_label,
     analysis_text,
+    as_text,
     flattened,
     indices_text,
     legible,
@@ -408,14 +396,6 @@ def markdown(points: Sequence[Point], gaps: Sequence[Sequence[str]], remarks: Se
 
 # --- The figure ----------------------------------------------------------------------------------------------------------------------
 
-ROW_LABELS = {
-    "relative_accuracy": "Relative accuracy",
-    "test_accuracy": "Test accuracy",
-    "dormant_units": "Dormant units",
-    "stable_rank": "Stable rank",
-}
-
-
 MARKERS = {
     AGREES: {"marker": "o", "markersize": 2.4},
     DIFFERS: {"marker": "x", "markersize": 3.6, "markeredgewidth": 1.0},
@@ -427,34 +407,34 @@ LEGEND = (
 )
 
 
+@in_style
 def draw_differences(points: Sequence[Point], notes: Sequence[str] = ()) -> Figure:
     """A panel per metric and algorithm: our mean minus the paper's, with its standard error as a band around 0.
 
     Filled: agrees. Crosses: differs. Hollow: one run, not judged. The panels of a row share their y axis.
     """
-    metrics = [metric for metric in COMPARED if any(point.metric == metric for point in points)]
-    algorithms = [algorithm for algorithm in ALGORITHM_LABELS if any(point.algorithm == algorithm for point in points)]
-    stroke_of = strokes(ALGORITHM_LABELS)
+    panels = by_curve(points)
+    metrics = list(dict.fromkeys(metric for metric, _ in panels))
+    algorithms = [algorithm for algorithm in ALGORITHM_LABELS if any(algorithm == of_panel for _, of_panel in panels)]
     left, right, gap, row_height, row_gap = 0.6, 0.12, 0.17, 0.95, 0.16
     width = min((FULL_WIDTH - left - right - gap * (len(algorithms) - 1)) / len(algorithms), 2.4)
     full_width = max(left + right + len(algorithms) * (width + gap) - gap, SINGLE_COLUMN)
-    note_lines = wrapped(notes, full_width - 0.2)
-    foot = notes_height(note_lines)
+    note_lines, foot = wrapped(notes, full_width)
     full_height = foot + 0.42 + len(metrics) * (row_height + row_gap) + 0.2
-    figure = new_figure(full_width, full_height)
+    figure = new_figure(full_width, full_height, note_lines)
     for row, metric in enumerate(metrics):
         of_metric = [point for point in points if point.metric == metric]
         reach = min(1.12 * max(max(abs(point.difference), np.nan_to_num(point.error)) for point in of_metric), 100)
         for column, algorithm in enumerate(algorithms):
-            panel = [point for point in of_metric if point.algorithm == algorithm]
-            if not panel:
+            if (metric, algorithm) not in panels:
                 continue
+            panel = panels[metric, algorithm]
             bottom = full_height - 0.28 - (row + 1) * row_height - row * row_gap
             axes = add_axes(figure, left + column * (width + gap), bottom, width, row_height)
             classes = np.array([point.number_of_classes for point in panel])
             differences = np.array([point.difference for point in panel])
             errors = np.array([point.error for point in panel])
-            colour = stroke_of[algorithm].colour
+            colour = COLOURS[algorithm]
             axes.axhline(0, color=GREY, linewidth=0.6, linestyle=(0, (4, 2)), zorder=1.5)
             axes.fill_between(classes, -errors, errors, where=np.isfinite(errors), color=GREY, alpha=0.15, linewidth=0)
             axes.plot(classes, differences, color=colour, linewidth=0.5)
@@ -465,18 +445,17 @@ def draw_differences(points: Sequence[Point], notes: Sequence[str] = ()) -> Figu
             axes.set_xticks([5, 50, 100])
             axes.set_ylim(-reach, reach)
             axes.locator_params(axis="y", nbins=5)
-            is_lowest = not any(point.metric in metrics[row + 1 :] and point.algorithm == algorithm for point in points)
+            is_lowest = not any((below, algorithm) in panels for below in metrics[row + 1 :])
             axes.tick_params(labelbottom=is_lowest)
             if not is_lowest:
                 axes.set_xlabel("")
-            if not any(point.algorithm in algorithms[:column] for point in of_metric):
-                axes.set_ylabel(ROW_LABELS[metric])
+            if not any((metric, before) in panels for before in algorithms[:column]):
+                axes.set_ylabel(as_text(metric))
             else:
                 axes.tick_params(labelleft=False)
-            if not any(point.metric in metrics[:row] and point.algorithm == algorithm for point in points):
+            if not any((above, algorithm) in panels for above in metrics[:row]):
                 axes.set_title(algorithm_label(algorithm), color=colour, fontsize=6.5)
     figure.align_ylabels()
-    add_notes(figure, note_lines)
     return figure
 
 
@@ -517,8 +496,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gap_table = gap_rows(gaps, published)
     remarks = list(dict.fromkeys([*remarks, *more_remarks]))
     if points:
-        with rc_context(STYLE):
-            figure = draw_differences(points, [LEGEND, *(legible(f"{remark}.") for remark in remarks)])
+        figure = draw_differences(points, [LEGEND, *(legible(f"{remark}.") for remark in remarks)])
         table_path, *figure_paths = output_paths(parsed.output_dir)
         write_file(table_path, markdown(points, gap_table, remarks).encode())
         write_figure(figure, *figure_paths)

@@ -13,8 +13,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))  # the parts are found wherever this script is called from
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the parts are found wherever this script is called from
 
 from incremental_cifar.command_line import OneLineArgumentParser, run_script
 from incremental_cifar.config import UserError
@@ -22,24 +21,21 @@ from incremental_cifar.safe_files import check_destinations
 from plots.drawing import (
     FULL_WIDTH,
     SINGLE_COLUMN,
-    STYLE,
     add_axes,
-    add_notes,
     draw_curves,
     draw_zero_line,
+    in_style,
     label_ends,
     limit_to_possible_values,
     new_figure,
-    notes_height,
     number_of_classes_axis,
     place,
     room_beside,
     runs_text,
-    strokes,
     wrapped,
 )
 from plots.output_files import write_figure
-from plots.plain_matplotlib import Axes, Figure, rc_context
+from plots.plain_matplotlib import Axes, Figure
 from plots.run_results import (
     ALGORITHM_LABELS,
     RELATIVE,
@@ -52,7 +48,6 @@ from plots.run_results import (
     algorithm_folders,
     algorithm_label,
     algorithm_names,
-    axis_text,
     flattened,
     make_curves,
     metric_of,
@@ -65,13 +60,13 @@ STEMS = ("paper_figure", "test_accuracy_figure")
 LINE_HEIGHT = 0.105  # inches that a line of a name takes
 
 
-def draw_three_panels(panels: dict[str, MetricCurves], empty: dict[str, str], notes: Sequence[str] = ()) -> Figure:
+@in_style
+def draw_three_panels(panels: dict[str, MetricCurves], empty: dict[str, str], notes: Sequence[str]) -> Figure:
     """Three panels side by side at full page width. panels: metric to what is there. empty: metric to what a panel without a curve says."""
     bottom, margin, gap = 0.42, 0.05, 0.1  # inches
     height = max(1.85, *map(names_height, panels.values()))
-    note_lines = wrapped(notes, FULL_WIDTH - 0.2)
-    foot = notes_height(note_lines)
-    figure = new_figure(FULL_WIDTH, foot + bottom + height + 0.25)
+    note_lines, foot = wrapped(notes, FULL_WIDTH)
+    figure = new_figure(FULL_WIDTH, foot + bottom + height + 0.25, note_lines)
     for name in PANELS:
         draw_panel(add_axes(figure, 1, foot + bottom, 1, height), name, panels[name], empty[name])
     rooms = [room_beside(axes) for axes in figure.axes]
@@ -83,21 +78,19 @@ def draw_three_panels(panels: dict[str, MetricCurves], empty: dict[str, str], no
             axes.set_xticks(axes.get_xticks()[1::2])  # beside long names
         axes.set_title(letter, loc="left", fontweight="bold", fontsize=8, x=-left / width)
         x += left + width + right + gap
-    add_notes(figure, note_lines)
     return figure
 
 
-def draw_test_accuracy(shown: MetricCurves, notes: Sequence[str] = ()) -> Figure:
+@in_style
+def draw_test_accuracy(shown: MetricCurves, notes: Sequence[str]) -> Figure:
     """Test accuracy of all algorithms at single-column width."""
-    note_lines = wrapped(notes, SINGLE_COLUMN - 0.2)
-    foot = notes_height(note_lines)
     height = max(2.2, names_height(shown))
-    figure = new_figure(SINGLE_COLUMN, foot + (height + 0.55))
+    note_lines, foot = wrapped(notes, SINGLE_COLUMN)
+    figure = new_figure(SINGLE_COLUMN, foot + (height + 0.55), note_lines)
     axes = add_axes(figure, 1, foot + 0.42, 1, height)
     draw_panel(axes, TEST_ACCURACY, shown)
     left, right = room_beside(axes)
     place(axes, left + 0.05, SINGLE_COLUMN - left - right - 0.1)
-    add_notes(figure, note_lines)
     return figure
 
 
@@ -118,14 +111,13 @@ def names_height(shown: MetricCurves) -> float:
 def draw_panel(axes: Axes, name: str, shown: MetricCurves, empty: str = "") -> None:
     """Draw one metric, with the algorithms' names at their curves' ends. empty: written where there is no curve."""
     metric = metric_of(name)
-    axes.set_ylabel(axis_text(metric, shown.num_units))
+    axes.set_ylabel(shown.axis_label)
     if not shown.curves:
         axes.set_xlabel("Number of classes")
         axes.set(xticks=[], yticks=[])
         axes.text(0.5, 0.5, empty, transform=axes.transAxes, ha="center", va="center", color="#7f7f7f")
         return
-    drawn = draw_curves(axes, shown.curves, strokes(curve.algorithm for curve in shown.curves))
-    named = [(short_name(curve.algorithm), line) for curve, line in zip(shown.curves, drawn, strict=True)]
+    named = [(short_name(curve.algorithm), line) for curve, line in zip(shown.curves, draw_curves(axes, shown.curves), strict=True)]
     if metric.is_relative:
         named.append((short_name(RETRAINED), draw_zero_line(axes, shown.num_retrained)))
     number_of_classes_axis(axes, shown.axis)
@@ -174,10 +166,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineArgumentParser(description="Draw the paper's figure, and test accuracies, from stored runs.")
     add_results_argument(parser)
     add_output_argument(parser)
-    parser.add_argument("--algorithms", metavar="A,B,C", help="folders, in the order in which curves lie (default: the paper's five)")
+    parser.add_argument(
+        "--algorithms", type=algorithm_names, metavar="A,B,C", help="folders, in the order in which curves lie (default: the paper's five)"
+    )
     parsed = parser.parse_args(arguments)
-    if parsed.algorithms is not None:
-        parsed.algorithms = algorithm_names(parsed.algorithms)
     check_destinations(*(path for stem in STEMS for path in figure_paths(parsed.output_dir, stem)))
     return parsed
 
@@ -211,11 +203,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for note in [*gaps, *notes[0], *(f"{TEST_ACCURACY}: {note}" for note in notes[1])]:
         print("Note: " + note)
     figures = {}
-    with rc_context(STYLE):
-        if has_panels:
-            figures[STEMS[0]] = draw_three_panels(panels, empty, [count_note(*panels.values()), *notes[0]])
-        if accuracy.curves:
-            figures[STEMS[1]] = draw_test_accuracy(accuracy, [count_note(accuracy), *notes[1]])
+    if has_panels:
+        figures[STEMS[0]] = draw_three_panels(panels, empty, [count_note(*panels.values()), *notes[0]])
+    if accuracy.curves:
+        figures[STEMS[1]] = draw_test_accuracy(accuracy, [count_note(accuracy), *notes[1]])
     for stem, figure in figures.items():
         write_figure(figure, *figure_paths(parsed.output_dir, stem))
     return 0

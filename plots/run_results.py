@@ -56,7 +56,6 @@ class Metric(NamedTuple):
     best: Callable[..., np.ndarray] = np.max  # what of a task's epochs counts
     is_relative: bool = False  # minus the retrained network of the same index
     has_first_task: bool = True  # False: the first task's value is 0 by convention and is not drawn
-    published: str = ""  # its name in published_curves.csv; "": the paper does not show it
     images: str = ""  # which images were analysed, with settings that its values depend on; "": none
 
 
@@ -102,7 +101,7 @@ def metric_of(name: str) -> Metric:
     """
     if name == RELATIVE:
         label = "Accuracy relative to retrained\nnetwork (percentage points)"
-        return Metric(TEST_ACCURACY, label, "fraction", True, is_relative=True, published=PUBLISHED[name])
+        return Metric(TEST_ACCURACY, label, "fraction", True, is_relative=True)
     per_epoch = name.endswith("_per_epoch")
     which = next((start for start in IMAGES if name.startswith(start)), "")
     stem = name.removeprefix(which).removesuffix("_per_epoch").removesuffix("_analysis")
@@ -111,10 +110,7 @@ def metric_of(name: str) -> Metric:
     best = np.max if is_accuracy else np.min if is_loss else mean_of_those_there
     unit = {"fraction": " (%)", "rank": " (% of {units})", "plain": "" if is_loss or not per_epoch else " per epoch"}[kind]
     label = METRIC_LABELS.get(stem, as_text(stem)) + unit
-    has_first_task = which != "previous_tasks_"
-    return Metric(
-        name, label, kind, per_epoch, best, has_first_task=has_first_task, published=PUBLISHED.get(name, ""), images=IMAGES.get(which, "")
-    )
+    return Metric(name, label, kind, per_epoch, best, has_first_task=which != "previous_tasks_", images=IMAGES.get(which, ""))
 
 
 # The released script's choices, by the names they have there.
@@ -169,7 +165,7 @@ class MetricCurves(NamedTuple):
     axis: np.ndarray  # the positions of a complete run, which `Curve.positions` begins with
     remarks: list[str]  # what is drawn in part or not at all, one line each
     num_retrained: int  # retrained runs that relative accuracies are relative to
-    num_units: str  # of the last layer, for the label of a rank
+    axis_label: str  # in lines that fit
 
 
 def mean_and_standard_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -447,7 +443,7 @@ def make_curves(runs: dict[str, list[Run]], metric: Metric, per_epoch: bool = Fa
     if short_retrained:
         remarks.append(f"{algorithm_label(RETRAINED)}: {_short_text(short_retrained, points)}")
     partners = {index for curve in curves for index in curve.indices} if metric.is_relative else set()
-    return MetricCurves(curves, spacing * np.arange(1, full_length + 1), remarks, len(partners), last_layer_units(runs))
+    return MetricCurves(curves, spacing * np.arange(1, full_length + 1), remarks, len(partners), axis_text(metric, last_layer_units(runs)))
 
 
 def flattened(runs: dict[str, list[Run]]) -> Iterable[Run]:
