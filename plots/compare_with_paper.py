@@ -71,8 +71,6 @@ from plots.run_results import (
     size_differences,
 )
 
-COMPARED = {published: name for name, published in PUBLISHED.items()}
-
 AGREES, DIFFERS, NOT_JUDGED = "agrees", "differs", "not judged"
 LEVEL = 0.05  # a point with a smaller adjusted p-value differs
 PAPERS_RUNS = 15  # behind every mean of the paper
@@ -132,7 +130,7 @@ def compare(results_dir: Path, published: dict[tuple[str, str], PublishedCurve])
     Raises UserError for files that cannot be used.
     """
     points, remarks = [], []
-    for published_name, name in COMPARED.items():
+    for name, published_name in PUBLISHED.items():
         metric = metric_of(name)
         algorithms = [algorithm for algorithm in ALGORITHM_LABELS if (published_name, algorithm) in published]
         runs, left_out = only_the_papers(read_runs(results_dir, metric, algorithms))
@@ -143,7 +141,7 @@ def compare(results_dir: Path, published: dict[tuple[str, str], PublishedCurve])
             remarks.append(f"{published_name}: nothing to compare of {', '.join(missing)}")
         curves = [matching_points(published_name, curve, published[published_name, curve.algorithm]) for curve in shown.curves]
         points += judged([point for curve in curves for point in curve])
-    return points, list(dict.fromkeys(remarks))
+    return points, remarks
 
 
 def gaps_to_retrained(results_dir: Path) -> tuple[list[Gap], list[str]]:
@@ -199,18 +197,16 @@ def only_the_papers(runs: dict[str, list[Run]]) -> tuple[dict[str, list[Run]], l
 def matching_points(published_name: str, curve: Curve, paper: PublishedCurve) -> list[Point]:
     """The points of a curve at numbers of classes where we have a run and the paper a value; not judged yet."""
     mean, standard_error, count = mean_and_standard_error(curve.values)
-    ours = {int(position): number for number, position in enumerate(curve.positions) if count[number]}
-    points = []
     is_hidden = np.isnan(paper.standard_error)
     shown = paper.number_of_classes[~is_hidden], paper.standard_error[~is_hidden]
-    paper = paper._replace(standard_error=np.interp(paper.number_of_classes, *shown))
-    for number_of_classes, paper_mean, paper_standard_error, reading_error, hidden in zip(*paper, is_hidden, strict=True):
-        if (number := ours.get(int(number_of_classes))) is not None:
-            our_values = float(mean[number]), float(standard_error[number]), int(count[number])
-            paper_values = float(paper_mean), float(paper_standard_error), bool(hidden), float(reading_error)
-            indices = tuple(np.array(curve.indices)[np.isfinite(curve.values[:, number])].tolist())
-            points.append(Point(published_name, curve.algorithm, int(number_of_classes), *our_values, *paper_values, indices=indices))
-    return points
+    paper_errors = np.interp(paper.number_of_classes, *shown)
+    papers = zip(paper.mean, paper_errors, is_hidden, paper.reading_error, strict=True)
+    paper_at = dict(zip(paper.number_of_classes, papers, strict=True))
+    return [
+        Point(published_name, curve.algorithm, classes, *ours, *paper_at[classes], indices=tuple(np.array(curve.indices)[is_there]))
+        for classes, *ours, is_there in zip(curve.positions, mean, standard_error, count, np.isfinite(curve.values).T, strict=True)
+        if classes in paper_at and is_there.any()
+    ]
 
 
 def judged(points: Sequence[Point]) -> list[Point]:
@@ -382,16 +378,16 @@ percentage points, and the slope of the least-squares line through them in point
 
 def markdown(points: Sequence[Point], gaps: Sequence[Sequence[str]], remarks: Sequence[str]) -> str:
     """The whole comparison as a Markdown file."""
-    parts = ["# Comparison with the paper", summary(points)]
-    if remarks:
-        parts.append("\n".join(f"- {remark}" for remark in remarks))
-    parts += [
+    parts = [
+        "# Comparison with the paper",
+        summary(points),
+        "\n".join(f"- {remark}" for remark in remarks),
         markdown_table(OVERVIEW_COLUMNS, overview_rows(points)),
         *([GAP_EXPLANATION, markdown_table(GAP_COLUMNS, gaps)] if gaps else []),
         EXPLANATION,
         markdown_table(COLUMNS, [table_row(point) for point in points]),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 # --- The figure ----------------------------------------------------------------------------------------------------------------------
@@ -426,9 +422,8 @@ def draw_differences(points: Sequence[Point], notes: Sequence[str] = ()) -> Figu
         of_metric = [point for point in points if point.metric == metric]
         reach = min(1.12 * max(max(abs(point.difference), np.nan_to_num(point.error)) for point in of_metric), 100)
         for column, algorithm in enumerate(algorithms):
-            if (metric, algorithm) not in panels:
+            if not (panel := panels.get((metric, algorithm))):
                 continue
-            panel = panels[metric, algorithm]
             bottom = full_height - 0.28 - (row + 1) * row_height - row * row_gap
             axes = add_axes(figure, left + column * (width + gap), bottom, width, row_height)
             classes = np.array([point.number_of_classes for point in panel])

@@ -46,7 +46,6 @@ from plots.run_results import (
     RELATIVE,
     RETRAINED,
     Curve,
-    Metric,
     MetricCurves,
     add_results_argument,
     algorithm_label,
@@ -66,11 +65,12 @@ PAPERS_LINE = {"linestyle": (0, (4, 2)), "linewidth": 0.7}
 
 
 @in_style
-def draw_metric(metric: Metric, shown: MetricCurves, per_epoch: bool, published: dict[str, PublishedCurve], notes: Sequence[str]) -> Figure:
+def draw_metric(shown: MetricCurves, per_epoch: bool, published: dict[str, PublishedCurve], notes: Sequence[str]) -> Figure:
     """The figure of one metric at single-column width, with a legend and notes below the axes.
 
     shown: at least one curve. published: the paper's curves by algorithm; those of algorithms that are shown appear beneath them.
     """
+    metric = shown.metric
     beneath = [published.get(curve.algorithm) for curve in shown.curves]
     has_band = any(len(curve.indices) > 1 for curve in shown.curves)
     num_entries = len(shown.curves) + metric.is_relative + has_band + any(beneath)
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if escaped := [f"{name!r} is {algorithm_label(name)}" for name in runs if legible(name) != name]:
         print("Note: in the figure, characters that its font cannot show are escaped: " + ", ".join(escaped))
     print(f"{parsed.metric}: {last_points(shown.curves, parsed.per_epoch)}")
-    write_figure(draw_metric(metric, shown, parsed.per_epoch, published, notes), parsed.output)
+    write_figure(draw_metric(shown, parsed.per_epoch, published, notes), parsed.output)
     return 0
 
 

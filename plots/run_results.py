@@ -140,13 +140,15 @@ class Run(NamedTuple):
     analysis: AnalysisSettings | None  # None for metrics that do not depend on them
     values: np.ndarray  # (epochs or tasks so far,) float64, in the unit of the axis; NaN where the run has none
 
-    @property
-    def config_file(self) -> str:
-        return f"{self.algorithm}/config_files/index-{self.index}.json"
+    def per_task(self, best: Callable[..., np.ndarray]) -> "Run":
+        """The same run with the best value of each complete task, of the values of its epochs."""
+        epochs = self.sizes.epochs_per_task
+        num_tasks = len(self.values) // epochs
+        return self._replace(values=best(self.values[: num_tasks * epochs].reshape(num_tasks, epochs), axis=1))
 
-    @property
-    def analysis_file(self) -> str:
-        return f"{self.algorithm}/analysis_settings/index-{self.index}.json"
+    def file(self, folder: str) -> str:
+        """The run's file in one of its algorithm's folders, for messages."""
+        return f"{self.algorithm}/{folder}/index-{self.index}.json"
 
 
 class Curve(NamedTuple):
@@ -161,6 +163,7 @@ class Curve(NamedTuple):
 class MetricCurves(NamedTuple):
     """What a figure of one metric shows."""
 
+    metric: Metric
     curves: list[Curve]
     axis: np.ndarray  # the positions of a complete run, which `Curve.positions` begins with
     remarks: list[str]  # what is drawn in part or not at all, one line each
@@ -175,17 +178,9 @@ def mean_and_standard_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray,
     (divisor n - 1) over sqrt(n), NaN with less than two runs; (p,) integer counts.
     """
     count = np.isfinite(values).sum(axis=0)
-    mean = np.full(values.shape[1], np.nan)
-    np.divide(np.nansum(values, axis=0), count, out=mean, where=count > 0)
-    variance = np.full(values.shape[1], np.nan)
-    np.divide(np.nansum((values - mean) ** 2, axis=0), count - 1, out=variance, where=count > 1)
+    mean = mean_of_those_there(values, axis=0)
+    variance = np.nansum((values - mean) ** 2, axis=0) / np.where(count > 1, count - 1, np.nan)
     return mean, np.sqrt(variance / np.maximum(count, 1)), count
-
-
-def task_bests(values: np.ndarray, epochs_per_task: int, best: Callable[..., np.ndarray]) -> np.ndarray:
-    """The best value of each complete task: (epochs,) in, (epochs // epochs_per_task,) out."""
-    num_tasks = len(values) // epochs_per_task
-    return best(values[: num_tasks * epochs_per_task].reshape(num_tasks, epochs_per_task), axis=1)
 
 
 def legible(name: str) -> str:
@@ -218,11 +213,11 @@ def axis_text(metric: Metric, num_units: str) -> str:
 def add_results_argument(parser: argparse.ArgumentParser) -> None:
     """Give a script's command line the folder of results."""
     help_text = "folder with one folder per algorithm (default results/ beside plots/)"
-    parser.add_argument("--results_dir", type=_results_folder, default=REPOSITORY / "results", metavar="DIR", help=help_text)
 
+    def results_folder(text: str) -> Path:
+        return Path(whole_path(text, "--results_dir"))
 
-def _results_folder(text: str) -> Path:
-    return Path(whole_path(text, "--results_dir"))
+    parser.add_argument("--results_dir", type=results_folder, default=REPOSITORY / "results", metavar="DIR", help=help_text)
 
 
 def add_output_argument(parser: argparse.ArgumentParser) -> None:
@@ -383,17 +378,15 @@ def make_curves(runs: dict[str, list[Run]], metric: Metric, per_epoch: bool = Fa
     """
     check_sizes(runs)
     check_analysis(runs)
-    series = {
-        (run.algorithm, run.index): task_bests(run.values, run.sizes.epochs_per_task, metric.best)
-        if metric.per_epoch and not per_epoch
-        else run.values
-        for run in flattened(runs)
-    }
+    if metric.per_epoch and not per_epoch:
+        runs = {algorithm: [run.per_task(metric.best) for run in of_algorithm] for algorithm, of_algorithm in runs.items()}
     points = "epochs" if per_epoch else "tasks"
-    full_lengths = {(run.algorithm, run.index): run.sizes.num_epochs if per_epoch else run.sizes.num_tasks for run in flattened(runs)}
-    full_length = max(full_lengths.values(), default=0)
     spacing = 1 if per_epoch else next((run.sizes.classes_per_task for run in flattened(runs)), 1)
     num_hidden = 0 if metric.has_first_task else 1  # points that a run has but that are not drawn
+    retrained = {run.index: run.values for run in runs.get(RETRAINED, [])}
+
+    def full_length(run: Run) -> int:
+        return run.sizes.num_epochs if per_epoch else run.sizes.num_tasks
 
     without_config = [
         f"{algorithm_label(algorithm)} {indices_text(indices)}"
@@ -403,47 +396,44 @@ def make_curves(runs: dict[str, list[Run]], metric: Metric, per_epoch: bool = Fa
     curves = []
     remarks = [f"Taken to be of the paper's sizes, as config_files/ holds none of: {', '.join(without_config)}"] if without_config else []
     short_retrained: dict[int, tuple[int, int]] = {}
-    for algorithm in runs:
-        seeds = {(key, seed) for run in runs[algorithm] for key in SEED_KEYS if (seed := getattr(run.sizes, key)) is not None}
+    for algorithm, of_algorithm in runs.items():
+        label = algorithm_label(algorithm)
+        seeds = {(key, seed) for run in of_algorithm for key in SEED_KEYS if (seed := getattr(run.sizes, key)) is not None}
         for key, seed in sorted(seeds):
-            of_seed = indices_text([run.index for run in runs[algorithm] if getattr(run.sizes, key) == seed])
-            remarks.append(f"{algorithm_label(algorithm)}: {key} {seed} in {of_seed}")
+            of_seed = indices_text([run.index for run in of_algorithm if getattr(run.sizes, key) == seed])
+            remarks.append(f"{label}: {key} {seed} in {of_seed}")
         if metric.is_relative and algorithm == RETRAINED:
             continue
-        label = algorithm_label(algorithm)
-        rows = {index: values for (name, index), values in series.items() if name == algorithm}
-        if metric.is_relative:
-            alone = [index for index in rows if (RETRAINED, index) not in series]
-            if alone:
-                remarks.append(f"{label}: no retrained network of {indices_text(alone)}; left out")
-            rows = {index: values for index, values in rows.items() if index not in alone}
-        empty = [index for index, values in rows.items() if not np.isfinite(values).any()]
+        alone = [run.index for run in of_algorithm if metric.is_relative and run.index not in retrained]
+        if alone:
+            remarks.append(f"{label}: no retrained network of {indices_text(alone)}; left out")
+        empty = [run.index for run in of_algorithm if run.index not in alone and not np.isfinite(run.values).any()]
         if empty:
             remarks.append(f"{label}: {indices_text(empty)} without a complete {points[:-1]} yet; left out")
-        rows = {index: values for index, values in rows.items() if index not in empty}
-        short = {}
-        for index, values in rows.items():
-            count, full = int(np.isfinite(values).sum()) + num_hidden, full_lengths[algorithm, index]
-            if metric.is_relative and len(series[RETRAINED, index]) < count:
-                short_retrained[index] = len(series[RETRAINED, index]), full
+        rows, short = {}, {}
+        for run in of_algorithm:
+            if run.index in (*alone, *empty):
+                continue
+            values, count, full = run.values, int(np.isfinite(run.values).sum()) + num_hidden, full_length(run)
+            reference = retrained[run.index] if metric.is_relative else np.zeros(len(values))
+            if len(reference) < count:
+                short_retrained[run.index] = len(reference), full
             elif count < full:
-                short[index] = count, full
+                short[run.index] = count, full
+            values = values[: len(reference)] - reference[: len(values)]
+            if np.isfinite(values).any():
+                rows[run.index] = values
         if short:
             remarks.append(f"{label}: {_short_text(short, points)}")
-        if metric.is_relative:
-            rows = {index: _difference(values, series[RETRAINED, index]) for index, values in rows.items()}
-            rows = {index: values for index, values in rows.items() if np.isfinite(values).any()}
-        if not rows:
-            continue
-        length = max(len(values) for values in rows.values())
-        values = np.full((len(rows), length), np.nan)
-        for row, of_run in zip(values, rows.values(), strict=True):
-            row[: len(of_run)] = of_run
-        curves.append(Curve(algorithm, tuple(rows), spacing * np.arange(1, length + 1), values))
+        if rows:
+            length = max(map(len, rows.values()))
+            values = np.array([np.pad(row, (0, length - len(row)), constant_values=np.nan) for row in rows.values()])
+            curves.append(Curve(algorithm, tuple(rows), spacing * np.arange(1, length + 1), values))
     if short_retrained:
         remarks.append(f"{algorithm_label(RETRAINED)}: {_short_text(short_retrained, points)}")
-    partners = {index for curve in curves for index in curve.indices} if metric.is_relative else set()
-    return MetricCurves(curves, spacing * np.arange(1, full_length + 1), remarks, len(partners), axis_text(metric, last_layer_units(runs)))
+    axis = spacing * np.arange(1, max(map(full_length, flattened(runs)), default=0) + 1)
+    num_retrained = len({index for curve in curves for index in curve.indices})
+    return MetricCurves(metric, curves, axis, remarks, num_retrained, axis_text(metric, last_layer_units(runs)))
 
 
 def flattened(runs: dict[str, list[Run]]) -> Iterable[Run]:
@@ -460,8 +450,8 @@ def check_sizes(runs: dict[str, list[Run]]) -> None:
             first, here = getattr(group[0].sizes, key), getattr(run.sizes, key)
             if here != first:
                 raise UserError(
-                    f"runs of different sizes cannot be averaged in one figure: {key} is {first} in {group[0].config_file} and {here} in "
-                    f"{run.config_file}; choose with --algorithms or move runs elsewhere"
+                    f"runs of different sizes cannot be averaged in one figure: {key} is {first} in {group[0].file('config_files')} and "
+                    f"{here} in {run.file('config_files')}; choose with --algorithms or move runs elsewhere"
                 )
 
 
@@ -472,7 +462,8 @@ def check_analysis(runs: dict[str, list[Run]]) -> None:
         if run.analysis != group[0].analysis:
             raise UserError(
                 f"runs analysed with different settings do not belong in one figure: {analysis_text(group[0].analysis)} in "
-                f"{group[0].analysis_file} and {analysis_text(run.analysis)} in {run.analysis_file}; run post_run_analysis.py again"
+                f"{group[0].file('analysis_settings')} and {analysis_text(run.analysis)} in {run.file('analysis_settings')}; "
+                "run post_run_analysis.py again"
             )
 
 
@@ -495,11 +486,6 @@ def size_differences(sizes: Config) -> str:
     return ", ".join(
         f"{key} {getattr(sizes, key)} instead of {getattr(paper, key)}" for key in SIZE_KEYS if getattr(sizes, key) != getattr(paper, key)
     )
-
-
-def _difference(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    length = min(len(values), len(reference))
-    return values[:length] - reference[:length]
 
 
 def indices_text(indices: Sequence[int]) -> str:
