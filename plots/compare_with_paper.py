@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the parts are
 import numpy as np
 from scipy.stats import false_discovery_control, ttest_ind_from_stats
 
-from incremental_cifar.command_line import OneLineArgumentParser, run_script
+from incremental_cifar.command_line import run_script
 from incremental_cifar.config import Config, UserError
 from incremental_cifar.safe_files import around_block, check_destinations, write_file
 from plots.drawing import COLOURS, FULL_WIDTH, GREY, SINGLE_COLUMN, add_axes, in_style, new_figure, number_of_classes_axis, wrapped
@@ -56,10 +56,8 @@ from plots.run_results import (
     Curve,
     Run,
     add_output_argument,
-    add_results_argument,
     algorithm_folders,
     algorithm_label,
-    analysis_text,
     as_text,
     flattened,
     indices_text,
@@ -68,6 +66,7 @@ from plots.run_results import (
     mean_and_standard_error,
     metric_of,
     read_runs,
+    results_parser,
     size_differences,
 )
 
@@ -188,7 +187,7 @@ def only_the_papers(runs: dict[str, list[Run]]) -> tuple[dict[str, list[Run]], l
         if differences := size_differences(run.sizes):
             groups.setdefault((run.algorithm, f"another experiment than the paper's ({differences})"), []).append(run.index)
         elif run.analysis not in (None, AnalysisSettings()):
-            groups.setdefault((run.algorithm, f"analysed otherwise than the paper ({analysis_text(run.analysis)})"), []).append(run.index)
+            groups.setdefault((run.algorithm, f"analysed otherwise than the paper ({run.analysis})"), []).append(run.index)
         else:
             kept.setdefault(run.algorithm, []).append(run)
     return kept, [f"{algorithm}: {indices_text(indices)} left out, {reason}" for (algorithm, reason), indices in groups.items()]
@@ -256,11 +255,6 @@ def common_verdict(points: Sequence[Point]) -> str:
     return min((point.verdict for point in points), key=(DIFFERS, AGREES, NOT_JUDGED).index, default=NOT_JUDGED)
 
 
-def least_likely(points: Sequence[Point]) -> Point:
-    """Of points that are judged, that with the smallest p-value."""
-    return min(points, key=lambda point: point.p_value)
-
-
 def summary(points: Sequence[Point]) -> str:
     """One line: how many of the points and curves that are judged agree, and the smallest p-value."""
     compared = [point for point in points if point.verdict != NOT_JUDGED]
@@ -269,11 +263,11 @@ def summary(points: Sequence[Point]) -> str:
             "one run is too few for a standard error." if points else "no run of the paper's experiment here; nothing written."
         )
     curves = [common_verdict(curve) for curve in by_curve(compared).values()]
-    least = least_likely(compared)
+    least = min(compared, key=lambda point: point.p_value)
     return (
         f"{curves.count(AGREES)} of {len(curves)} curves agree, {sum(point.verdict == AGREES for point in compared)} of {len(compared)} "
         f"points; the smallest adjusted p-value is {p_text(least.p_value)}, {least.metric} of {least.algorithm} at "
-        f"{least.number_of_classes} classes, {signed(least.difference)}."
+        f"{least.number_of_classes} classes, {least.difference:+.3f}."
     )
 
 
@@ -283,14 +277,12 @@ COLUMNS = ("metric", "algorithm", "classes", "ours", "SE", "n", "paper", "SE", "
 NUM_TEXT_COLUMNS = 2  # on the left; the others are numbers, to the right
 
 
-def signed(value: float) -> str:
-    return f"{value:+.3f}"
+def number_text(value: float, form: str = ".3f") -> str:
+    return "-" if np.isnan(value) else format(value, form)
 
 
 def p_text(p_value: float) -> str:
-    if np.isnan(p_value):
-        return "-"
-    return f"{p_value:.3f}" if p_value >= 0.001 else "<0.001"
+    return "<0.001" if p_value < 0.001 else number_text(p_value)
 
 
 def table_row(point: Point) -> tuple[str, ...]:
@@ -300,11 +292,11 @@ def table_row(point: Point) -> tuple[str, ...]:
         point.algorithm,
         str(point.number_of_classes),
         f"{point.ours:.3f}",
-        "-" if point.num_runs == 1 else f"{point.standard_error:.3f}",
+        number_text(point.standard_error),
         str(point.num_runs),
         f"{point.paper:.3f}",
         ("hidden, ~" if point.is_hidden else "") + f"{point.paper_standard_error:.3f}",
-        signed(point.difference),
+        f"{point.difference:+.3f}",
         p_text(point.p_value),
         point.verdict,
     )
@@ -320,8 +312,9 @@ def overview_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
         compared = [point for point in curve if point.verdict != NOT_JUDGED]
         agree = f"{sum(point.verdict == AGREES for point in compared)} of {len(compared)}" if compared else "-"
         farthest = max(curve, key=lambda point: abs(point.difference))
-        p_value = least_likely(compared).p_value if compared else np.nan
-        rows.append((*names, agree, signed(farthest.difference), str(farthest.number_of_classes), p_text(p_value), common_verdict(curve)))
+        largest = f"{farthest.difference:+.3f}", str(farthest.number_of_classes)
+        p_value = min((point.p_value for point in compared), default=np.nan)
+        rows.append((*names, agree, *largest, p_text(p_value), common_verdict(curve)))
     return rows
 
 
@@ -334,11 +327,10 @@ def gap_rows(gaps: Sequence[Gap], published: dict[tuple[str, str], PublishedCurv
     for gap in gaps:
         row = [gap.algorithm, str(len(gap.mean))]
         paper = published.get((PUBLISHED[RELATIVE], gap.algorithm))
-        papers = (paper.mean.mean(), slopes(paper.number_of_classes, paper.mean)) if paper else (None, None)
+        papers = (paper.mean.mean(), slopes(paper.number_of_classes, paper.mean)) if paper else (np.nan, np.nan)
         for values, papers_value in zip((gap.mean, gap.slope), papers, strict=True):
             (mean,), (standard_error,), _ = mean_and_standard_error(values[:, np.newaxis])
-            error = "-" if np.isnan(standard_error) else f"{standard_error:.3f}"
-            row += [signed(mean), error, "-" if papers_value is None else signed(papers_value)]
+            row += [f"{mean:+.3f}", number_text(standard_error), number_text(papers_value, "+.3f")]
         rows.append(tuple(row))
     return rows
 
@@ -459,8 +451,7 @@ def draw_differences(points: Sequence[Point], notes: Sequence[str] = ()) -> Figu
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The arguments. Raises UserError."""
-    parser = OneLineArgumentParser(description="Compare stored runs with the paper's curves.")
-    add_results_argument(parser)
+    parser = results_parser("Compare stored runs with the paper's curves.")
     add_output_argument(parser)
     parser.add_argument(
         "--strict",

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from plots.plain_matplotlib import DEFAULTS, FONT, Axes, Figure, FigureCanvasAgg, Line2D, ScaledTranslation, Text, rc_context
-from plots.run_results import METHOD_LABELS, RETRAINED, Curve, Metric, algorithm_label, mean_and_standard_error
+from plots.run_results import METHOD_LABELS, RETRAINED, Curve, Metric, MetricCurves, algorithm_label, mean_and_standard_error
 
 STYLE = DEFAULTS | {
     "font.family": FONT,
@@ -155,20 +155,25 @@ def limit_to_possible_values(axes: Axes, metric: Metric) -> None:
 # --- Curves ----------------------------------------------------------------------------------------------------------------------
 
 
-def draw_curves(axes: Axes, curves: Sequence[Curve], line_width: float = LINE_WIDTH) -> list[Line2D]:
-    """Draw curves, the retrained network's beneath the others; return their lines in the given order.
+def draw_curves(axes: Axes, shown: MetricCurves, line_width: float = LINE_WIDTH) -> dict[str, Line2D]:
+    """Draw curves, the retrained network's beneath the others; return algorithm to line, in the given order.
 
-    Curves that coincide would hide each other: each further one is dashed, with gaps that show all beneath.
+    Where accuracies are relative to the retrained network, its line lies at 0 and is the last. Curves that coincide would hide each other:
+    each further one is dashed, with gaps that show all beneath.
     """
-    stroke_of = strokes(curve.algorithm for curve in curves)
+    stroke_of = strokes(curve.algorithm for curve in shown.curves)
     lines: dict[str, Line2D] = {}
-    for curve in sorted(curves, key=lambda curve: curve.algorithm != RETRAINED):
+    for curve in sorted(shown.curves, key=lambda curve: curve.algorithm != RETRAINED):
         line = draw_curve(axes, curve, stroke_of[curve.algorithm], line_width)
         beneath = sum(np.array_equal(line.get_xydata(), other.get_xydata(), equal_nan=True) for other in lines.values())
         if beneath:
             line.set_linestyle((0, (3, 3 * (2**beneath - 1))))
         lines[curve.algorithm] = line
-    return [lines[curve.algorithm] for curve in curves]
+    lines = {curve.algorithm: lines[curve.algorithm] for curve in shown.curves}
+    if shown.metric.is_relative:
+        label = label_with_runs(RETRAINED, len({index for curve in shown.curves for index in curve.indices}))
+        lines[RETRAINED] = axes.axhline(0, color=COLOURS[RETRAINED], linewidth=LINE_WIDTH, zorder=1, label=label)
+    return lines
 
 
 def draw_curve(axes: Axes, curve: Curve, stroke: Stroke, line_width: float) -> Line2D:
@@ -191,11 +196,6 @@ def draw_curve(axes: Axes, curve: Curve, stroke: Stroke, line_width: float) -> L
     return line
 
 
-def draw_zero_line(axes: Axes, num_runs: int) -> Line2D:
-    """The retrained network, in a figure of accuracies relative to it."""
-    return axes.axhline(0, color=COLOURS[RETRAINED], linewidth=LINE_WIDTH, zorder=1, label=label_with_runs(RETRAINED, num_runs))
-
-
 def label_with_runs(algorithm: str, num_runs: int) -> str:
     return f"{algorithm_label(algorithm)} ({runs_text(num_runs)})"
 
@@ -207,7 +207,10 @@ def runs_text(num_runs: int) -> str:
 # --- Names at the curves' ends ---------------------------------------------------------------------------------------------------
 
 
-def label_ends(axes: Axes, named: Sequence[tuple[str, Line2D]], size: float = 6.0) -> None:
+POINTER = {"arrowstyle": "-", "linewidth": 0.6, "linestyle": (0, (1, 1)), "shrinkA": 1, "shrinkB": 1, "relpos": (0, 0.5)}
+
+
+def label_ends(axes: Axes, named: Sequence[tuple[str, Line2D]]) -> None:
     """Write each name right of the axes, in its line's colour, or DARKER: level with the line's end, or as near as the other names allow.
 
     A dotted pointer leads from the end to the name. Names are in the order of the ends, so that pointers of complete curves do not cross.
@@ -221,29 +224,12 @@ def label_ends(axes: Axes, named: Sequence[tuple[str, Line2D]], size: float = 6.
         there = np.flatnonzero(np.isfinite(line.get_ydata()))[-1]
         ends.append((name, line, (axes.get_xlim()[1] if is_across else line.get_xdata()[there], line.get_ydata()[there])))
     ends.sort(key=lambda end: end[2][1])
-    texts = [
-        axes.annotate(
-            name,
-            point,
-            xytext=(1, 0),
-            textcoords=beside,
-            color=DARKER.get(line.get_color(), line.get_color()),
-            fontsize=size,
-            va="center",
-            linespacing=0.95,
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": line.get_color(),
-                "linewidth": 0.6,
-                "linestyle": (0, (1, 1)),
-                "shrinkA": 1,
-                "shrinkB": 1,
-                "relpos": (0, 0.5),
-            },
-        )
-        for name, line, point in ends
-    ]
+    texts = []
+    for name, line, point in ends:
+        colour = line.get_color()
+        style = {"color": DARKER.get(colour, colour), "fontsize": 6, "va": "center", "linespacing": 0.95}
+        pointer = POINTER | {"color": colour}
+        texts.append(axes.annotate(name, point, (1, 0), textcoords=beside, annotation_clip=False, arrowprops=pointer, **style))
     renderer = axes.figure.canvas.get_renderer()
     heights = np.array([Text.get_window_extent(text, renderer).height for text in texts]) / axes.get_window_extent(renderer).height
     wanted = np.array([(point[1] - bottom) / (top - bottom) for _, _, point in ends])

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the parts are
 
 import numpy as np
 
-from incremental_cifar.command_line import OneLineArgumentParser, run_script
+from incremental_cifar.command_line import run_script
 from incremental_cifar.config import UserError
 from plots.drawing import (
     BAND_OPACITY,
@@ -26,7 +26,6 @@ from plots.drawing import (
     SINGLE_COLUMN,
     add_axes,
     draw_curves,
-    draw_zero_line,
     epoch_axis,
     in_style,
     limit_to_possible_values,
@@ -47,9 +46,8 @@ from plots.run_results import (
     RETRAINED,
     Curve,
     MetricCurves,
-    add_results_argument,
+    add_algorithms_argument,
     algorithm_label,
-    algorithm_names,
     find_metrics,
     flattened,
     legible,
@@ -57,6 +55,7 @@ from plots.run_results import (
     mean_and_standard_error,
     metric_of,
     read_runs,
+    results_parser,
     size_differences,
 )
 
@@ -71,9 +70,9 @@ def draw_metric(shown: MetricCurves, per_epoch: bool, published: dict[str, Publi
     shown: at least one curve. published: the paper's curves by algorithm; those of algorithms that are shown appear beneath them.
     """
     metric = shown.metric
-    beneath = [published.get(curve.algorithm) for curve in shown.curves]
+    beneath = {curve.algorithm: published[curve.algorithm] for curve in shown.curves if curve.algorithm in published}
     has_band = any(len(curve.indices) > 1 for curve in shown.curves)
-    num_entries = len(shown.curves) + metric.is_relative + has_band + any(beneath)
+    num_entries = len(shown.curves) + metric.is_relative + has_band + bool(beneath)
     note_lines, foot = wrapped(notes, SINGLE_COLUMN)
 
     legend_top = max(foot, 0.08) + 0.04 + 0.127 * num_entries
@@ -82,22 +81,20 @@ def draw_metric(shown: MetricCurves, per_epoch: bool, published: dict[str, Publi
     figure = new_figure(SINGLE_COLUMN, height, note_lines)
     axes = add_axes(figure, 0.5, bottom, SINGLE_COLUMN - 0.5 - RIGHT, AXES_HEIGHT)
 
-    lines = draw_curves(axes, shown.curves, 0.7 if per_epoch else LINE_WIDTH)
-    handles = [*lines]
-    if metric.is_relative:
-        handles.append(draw_zero_line(axes, shown.num_retrained))
+    lines = draw_curves(axes, shown, 0.7 if per_epoch else LINE_WIDTH)
+    handles = [*lines.values()]
     if has_band:
         handles.append(Patch(color=GREY, alpha=BAND_OPACITY, linewidth=0, label="± 1 standard error"))
-    for paper, line in zip(beneath, lines, strict=True):
-        if paper:
-            axes.plot(paper.number_of_classes, paper.mean, color=line.get_color(), zorder=1.5, label="_published", **PAPERS_LINE)
-    if any(beneath):
+    for algorithm, paper in beneath.items():
+        colour = lines[algorithm].get_color()
+        axes.plot(paper.number_of_classes, paper.mean, color=colour, zorder=1.5, label="_published", **PAPERS_LINE)
+    if beneath:
         handles.append(Line2D([], [], color=GREY, label="The paper (15 runs)", **PAPERS_LINE))
 
     if per_epoch:
         epoch_axis(axes, len(shown.axis))
     else:
-        number_of_classes_axis(axes, np.unique(np.concatenate([shown.axis, *(paper.number_of_classes for paper in beneath if paper)])))
+        number_of_classes_axis(axes, np.unique(np.concatenate([shown.axis, *(paper.number_of_classes for paper in beneath.values())])))
     limit_to_possible_values(axes, metric)
     axes.set_ylabel(shown.axis_label)
     if metric.images:
@@ -122,26 +119,19 @@ def last_points(curves: Sequence[Curve], per_epoch: bool) -> str:
     texts = []
     for curve in curves:
         mean, standard_error, count = mean_and_standard_error(curve.values)
-        if len(there := np.flatnonzero(count)):
-            end = there[-1]
-            error = f" ± {standard_error[end]:.4g}" if count[end] > 1 else ""
-            where = f"epoch {curve.positions[end]}" if per_epoch else f"{curve.positions[end]} classes"
-            texts.append(f"{legible(curve.algorithm)} {mean[end]:.4g}{error} at {where} (n = {count[end]})")
+        end = np.flatnonzero(count)[-1]
+        error = f" ± {standard_error[end]:.4g}" if count[end] > 1 else ""
+        where = f"epoch {curve.positions[end]}" if per_epoch else f"{curve.positions[end]} classes"
+        texts.append(f"{legible(curve.algorithm)} {mean[end]:.4g}{error} at {where} (n = {count[end]})")
     return "; ".join(texts)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, checked as far as that needs no results. Raises UserError."""
-    parser = OneLineArgumentParser(description="Draw one metric of stored runs: mean and +- 1 standard error per algorithm.")
-    add_results_argument(parser)
+    parser = results_parser("Draw one metric of stored runs: mean and +- 1 standard error per algorithm.")
     endings = " or ".join("*" + ending for ending in METRIC_ENDINGS)
     parser.add_argument("--metric", required=True, metavar="NAME", help=f"what to draw: a run's folder {endings}, or {RELATIVE}")
-    parser.add_argument(
-        "--algorithms",
-        type=algorithm_names,
-        metavar="A,B,C",
-        help="folders, in the order of the legend (default: all that have the metric)",
-    )
+    add_algorithms_argument(parser, "folders, in the order of the legend (default: all that have the metric)")
     parser.add_argument("--output", type=Path, metavar="PATH", help=f"file to write, {SUFFIXES} (default <metric>.svg beside this script)")
     parser.add_argument("--per-epoch", action="store_true", help="draw every epoch instead of one value for each task")
     parser.add_argument("--published", action="store_true", help="draw the paper's curves beneath, thin and dashed")

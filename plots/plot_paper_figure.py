@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the parts are found wherever this script is called from
 
-from incremental_cifar.command_line import OneLineArgumentParser, run_script
+from incremental_cifar.command_line import run_script
 from incremental_cifar.config import UserError
 from incremental_cifar.safe_files import check_destinations
 from plots.drawing import (
@@ -23,7 +23,6 @@ from plots.drawing import (
     SINGLE_COLUMN,
     add_axes,
     draw_curves,
-    draw_zero_line,
     in_style,
     label_ends,
     limit_to_possible_values,
@@ -44,15 +43,15 @@ from plots.run_results import (
     Metric,
     MetricCurves,
     Run,
+    add_algorithms_argument,
     add_output_argument,
-    add_results_argument,
     algorithm_folders,
     algorithm_label,
-    algorithm_names,
     flattened,
     make_curves,
     metric_of,
     read_runs,
+    results_parser,
 )
 
 PANELS = (RELATIVE, "next_task_dormant_units_analysis", "next_task_stable_rank_analysis")
@@ -117,9 +116,7 @@ def draw_panel(axes: Axes, shown: MetricCurves, empty: str = "") -> None:
         axes.set(xticks=[], yticks=[])
         axes.text(0.5, 0.5, empty, transform=axes.transAxes, ha="center", va="center", color="#7f7f7f")
         return
-    named = [(short_name(curve.algorithm), line) for curve, line in zip(shown.curves, draw_curves(axes, shown.curves), strict=True)]
-    if shown.metric.is_relative:
-        named.append((short_name(RETRAINED), draw_zero_line(axes, shown.num_retrained)))
+    named = [(short_name(algorithm), line) for algorithm, line in draw_curves(axes, shown).items()]
     number_of_classes_axis(axes, shown.axis)
     axes.margins(y=0.1)
     axes.autoscale_view(scalex=False)
@@ -163,12 +160,9 @@ def count_note(panels: Sequence[MetricCurves]) -> str:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The arguments. Raises UserError."""
-    parser = OneLineArgumentParser(description="Draw the paper's figure, and test accuracies, from stored runs.")
-    add_results_argument(parser)
+    parser = results_parser("Draw the paper's figure, and test accuracies, from stored runs.")
     add_output_argument(parser)
-    parser.add_argument(
-        "--algorithms", type=algorithm_names, metavar="A,B,C", help="folders, in the order in which curves lie (default: the paper's five)"
-    )
+    add_algorithms_argument(parser, "folders, in the order in which curves lie (default: the paper's five)")
     parsed = parser.parse_args(arguments)
     check_destinations(*(path for stem in STEMS for path in figure_paths(parsed.output_dir, stem)))
     return parsed

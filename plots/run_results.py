@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from incremental_cifar.command_line import OneLineArgumentParser
 from incremental_cifar.config import METHODS, REPOSITORY, SEED_KEYS, SIZE_KEYS, Config, UserError, read_sizes, read_stored, whole_path
 from incremental_cifar.safe_files import broken_link
 
@@ -129,6 +130,9 @@ class AnalysisSettings(NamedTuple):
     batch_norm: str = "batch"
     dormant_unit_threshold: float = 0.01
 
+    def __str__(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in self._asdict().items())
+
 
 class Run(NamedTuple):
     """The values of one metric of one run."""
@@ -167,7 +171,6 @@ class MetricCurves(NamedTuple):
     curves: list[Curve]
     axis: np.ndarray  # the positions of a complete run, which `Curve.positions` begins with
     remarks: list[str]  # what is drawn in part or not at all, one line each
-    num_retrained: int  # retrained runs that relative accuracies are relative to
     axis_label: str  # in lines that fit
 
 
@@ -185,13 +188,14 @@ def mean_and_standard_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray,
 
 def legible(name: str) -> str:
     """A name in which what the figures' font cannot show, or only in the wrong order, is escaped, as in \\u5b9e."""
-    from plots.plain_matplotlib import CHARACTERS  # here: a sweep reads the tables above, and draws nothing
+    from plots.plain_matplotlib import CHARACTERS  # here: export.py reads values, and draws nothing
 
-    def is_shown(character: str) -> bool:
+    def shown(character: str) -> str:
         is_right_to_left = unicodedata.bidirectional(character) in ("R", "AL", "AN")
-        return character in CHARACTERS and character.isprintable() and not is_right_to_left
+        is_legible = character in CHARACTERS and character.isprintable() and not is_right_to_left
+        return character if is_legible else character.encode("unicode_escape").decode()
 
-    return "".join(character if is_shown(character) else character.encode("unicode_escape").decode() for character in name)
+    return "".join(map(shown, name))
 
 
 def algorithm_label(algorithm: str) -> str:
@@ -210,20 +214,37 @@ def axis_text(metric: Metric, num_units: str) -> str:
 # --- Reading ---------------------------------------------------------------------------------------------------------------------
 
 
-def add_results_argument(parser: argparse.ArgumentParser) -> None:
-    """Give a script's command line the folder of results."""
-    help_text = "folder with one folder per algorithm (default results/ beside plots/)"
+def results_parser(description: str) -> argparse.ArgumentParser:
+    """A parser of a script's command line, which has the folder of results."""
 
     def results_folder(text: str) -> Path:
         return Path(whole_path(text, "--results_dir"))
 
+    parser = OneLineArgumentParser(description=description)
+    help_text = "folder with one folder per algorithm (default results/ beside plots/)"
     parser.add_argument("--results_dir", type=results_folder, default=REPOSITORY / "results", metavar="DIR", help=help_text)
+    return parser
 
 
 def add_output_argument(parser: argparse.ArgumentParser) -> None:
     """Give a script's command line the folder to write to."""
     help_text = "where to write (default: beside this script)"
     parser.add_argument("--output-dir", type=Path, default=REPOSITORY / "plots", metavar="DIR", help=help_text)
+
+
+def add_algorithms_argument(parser: argparse.ArgumentParser, help_text: str) -> None:
+    """Give a script's command line the choice of algorithms: their folders' names, each once. Parsing it raises UserError."""
+
+    def folder_names(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",")]
+        for name in names:
+            if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+                raise UserError(f'--algorithms: expected names of folders in --results_dir, separated by commas, got "{text}"')
+            if names.count(name) > 1:
+                raise UserError(f"--algorithms: {name} appears twice")
+        return names
+
+    parser.add_argument("--algorithms", type=folder_names, metavar="A,B,C", help=help_text)
 
 
 def read_runs(results_dir: Path, metric: Metric, algorithms: Sequence[str] | None = None) -> dict[str, list[Run]]:
@@ -270,17 +291,6 @@ def find_metrics(results_dir: Path) -> dict[str, list[str]]:
     if RETRAINED in with_accuracy and len(with_accuracy) > 1:
         having[RELATIVE] = with_accuracy
     return {name: having[name] for name in (*METRICS, *sorted(having.keys() - METRICS.keys())) if name in having}
-
-
-def algorithm_names(text: str) -> list[str]:
-    """Names of folders, separated by commas. Raises UserError unless each is one folder's name and none appears twice."""
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise UserError(f'--algorithms: expected names of folders in --results_dir, separated by commas, got "{text}"')
-        if names.count(name) > 1:
-            raise UserError(f"--algorithms: {name} appears twice")
-    return names
 
 
 def _folders(folder: Path) -> list[str]:
@@ -432,8 +442,7 @@ def make_curves(runs: dict[str, list[Run]], metric: Metric, per_epoch: bool = Fa
     if short_retrained:
         remarks.append(f"{algorithm_label(RETRAINED)}: {_short_text(short_retrained, points)}")
     axis = spacing * np.arange(1, max(map(full_length, flattened(runs)), default=0) + 1)
-    num_retrained = len({index for curve in curves for index in curve.indices})
-    return MetricCurves(metric, curves, axis, remarks, num_retrained, axis_text(metric, last_layer_units(runs)))
+    return MetricCurves(metric, curves, axis, remarks, axis_text(metric, last_layer_units(runs)))
 
 
 def flattened(runs: dict[str, list[Run]]) -> Iterable[Run]:
@@ -461,15 +470,10 @@ def check_analysis(runs: dict[str, list[Run]]) -> None:
     for run in group:
         if run.analysis != group[0].analysis:
             raise UserError(
-                f"runs analysed with different settings do not belong in one figure: {analysis_text(group[0].analysis)} in "
-                f"{group[0].file('analysis_settings')} and {analysis_text(run.analysis)} in {run.file('analysis_settings')}; "
+                f"runs analysed with different settings do not belong in one figure: {group[0].analysis} in "
+                f"{group[0].file('analysis_settings')} and {run.analysis} in {run.file('analysis_settings')}; "
                 "run post_run_analysis.py again"
             )
-
-
-def analysis_text(settings: AnalysisSettings) -> str:
-    """Settings as a message names them."""
-    return ", ".join(f"{key} {value}" for key, value in settings._asdict().items())
 
 
 def last_layer_units(runs: dict[str, list[Run]]) -> str:
