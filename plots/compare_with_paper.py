@@ -277,12 +277,12 @@ COLUMNS = ("metric", "algorithm", "classes", "ours", "SE", "n", "paper", "SE", "
 NUM_TEXT_COLUMNS = 2  # on the left; the others are numbers, to the right
 
 
-def number_text(value: float, form: str = ".3f") -> str:
+def number_or_dash(value: float, form: str = ".3f") -> str:
     return "-" if np.isnan(value) else format(value, form)
 
 
 def p_text(p_value: float) -> str:
-    return "<0.001" if p_value < 0.001 else number_text(p_value)
+    return "<0.001" if p_value < 0.001 else number_or_dash(p_value)
 
 
 def table_row(point: Point) -> tuple[str, ...]:
@@ -292,7 +292,7 @@ def table_row(point: Point) -> tuple[str, ...]:
         point.algorithm,
         str(point.number_of_classes),
         f"{point.ours:.3f}",
-        number_text(point.standard_error),
+        number_or_dash(point.standard_error),
         str(point.num_runs),
         f"{point.paper:.3f}",
         ("hidden, ~" if point.is_hidden else "") + f"{point.paper_standard_error:.3f}",
@@ -330,7 +330,7 @@ def gap_rows(gaps: Sequence[Gap], published: dict[tuple[str, str], PublishedCurv
         papers = (paper.mean.mean(), slopes(paper.number_of_classes, paper.mean)) if paper else (np.nan, np.nan)
         for values, papers_value in zip((gap.mean, gap.slope), papers, strict=True):
             (mean,), (standard_error,), _ = mean_and_standard_error(values[:, np.newaxis])
-            row += [f"{mean:+.3f}", number_text(standard_error), number_text(papers_value, "+.3f")]
+            row += [f"{mean:+.3f}", number_or_dash(standard_error), number_or_dash(papers_value, "+.3f")]
         rows.append(tuple(row))
     return rows
 
@@ -418,9 +418,7 @@ def draw_differences(points: Sequence[Point], notes: Sequence[str] = ()) -> Figu
                 continue
             bottom = full_height - 0.28 - (row + 1) * row_height - row * row_gap
             axes = add_axes(figure, left + column * (width + gap), bottom, width, row_height)
-            classes = np.array([point.number_of_classes for point in panel])
-            differences = np.array([point.difference for point in panel])
-            errors = np.array([point.error for point in panel])
+            classes, differences, errors = np.array([(point.number_of_classes, point.difference, point.error) for point in panel]).T
             colour = COLOURS[algorithm]
             axes.axhline(0, color=GREY, linewidth=0.6, linestyle=(0, (4, 2)), zorder=1.5)
             axes.fill_between(classes, -errors, errors, where=np.isfinite(errors), color=GREY, alpha=0.15, linewidth=0)

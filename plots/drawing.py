@@ -17,8 +17,7 @@ from plots.run_results import METHOD_LABELS, RETRAINED, Curve, Metric, MetricCur
 
 STYLE = DEFAULTS | {
     "font.family": FONT,
-    "font.size": 7,
-    "axes.labelsize": 7,
+    "font.size": 7,  # also of the axes' labels
     "axes.titlesize": 7,
     "xtick.labelsize": 6.5,
     "ytick.labelsize": 6.5,
@@ -29,9 +28,7 @@ STYLE = DEFAULTS | {
     "ytick.major.width": 0.6,
     "xtick.major.size": 2.5,
     "ytick.major.size": 2.5,
-    "axes.unicode_minus": True,
     "svg.hashsalt": "incremental-cifar",  # otherwise every SVG gets other ids
-    "svg.fonttype": "path",
     "pdf.fonttype": 42,
 }
 in_style = rc_context(STYLE)  # a decorator of functions that draw

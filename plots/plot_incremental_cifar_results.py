@@ -97,8 +97,7 @@ def draw_metric(shown: MetricCurves, per_epoch: bool, published: dict[str, Publi
         number_of_classes_axis(axes, np.unique(np.concatenate([shown.axis, *(paper.number_of_classes for paper in beneath.values())])))
     limit_to_possible_values(axes, metric)
     axes.set_ylabel(shown.axis_label)
-    if metric.images:
-        axes.set_title(metric.images, loc="left")
+    axes.set_title(metric.images, loc="left")
     left = room_beside(axes)[0] + 0.05
     place(axes, left, SINGLE_COLUMN - left - RIGHT)
     figure.legend(

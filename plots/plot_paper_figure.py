@@ -112,14 +112,12 @@ def draw_panel(axes: Axes, shown: MetricCurves, empty: str = "") -> None:
     """Draw one metric, with the algorithms' names at their curves' ends. empty: written where there is no curve."""
     axes.set_ylabel(shown.axis_label)
     if not shown.curves:
-        axes.set_xlabel("Number of classes")
-        axes.set(xticks=[], yticks=[])
+        axes.set(xlabel="Number of classes", xticks=[], yticks=[])
         axes.text(0.5, 0.5, empty, transform=axes.transAxes, ha="center", va="center", color="#7f7f7f")
         return
     named = [(short_name(algorithm), line) for algorithm, line in draw_curves(axes, shown).items()]
     number_of_classes_axis(axes, shown.axis)
     axes.margins(y=0.1)
-    axes.autoscale_view(scalex=False)
     limit_to_possible_values(axes, shown.metric)
     axes.locator_params(axis="y", nbins=6)
     label_ends(axes, named)
@@ -127,7 +125,8 @@ def draw_panel(axes: Axes, shown: MetricCurves, empty: str = "") -> None:
 
 def why_empty(metric: Metric, runs: dict[str, list[Run]]) -> str:
     """What a panel says if it has no curve, but another has one. runs: all that have its metric."""
-    indices, retrained = ({run.index for run in flattened(runs) if (run.algorithm == RETRAINED) == is_retrained} for is_retrained in (0, 1))
+    indices = {run.index for run in flattened(runs) if run.algorithm != RETRAINED}
+    retrained = {run.index for run in runs.get(RETRAINED, [])}
     if not indices:
         return "No test\naccuracies yet" if metric.is_relative else "Not analysed yet"
     if metric.is_relative and indices.isdisjoint(retrained):
@@ -194,14 +193,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if others := [name for name in others if name not in chosen]:
         gaps.append(f"here too, and drawn where --algorithms names them: {', '.join(others)}")
 
-    notes = panel_remarks(panels), [f"{remark}." for remark in accuracy.remarks]
-    for note in [*gaps, *notes[0], *(f"{TEST_ACCURACY}: {note}" for note in notes[1])]:
+    of_panels, of_accuracy = panel_remarks(panels), [f"{remark}." for remark in accuracy.remarks]
+    for note in [*gaps, *of_panels, *(f"{TEST_ACCURACY}: {remark}" for remark in of_accuracy)]:
         print("Note: " + note)
     figures = {}
     if has_panels:
-        figures[STEMS[0]] = draw_three_panels(panels, empty[:-1], [count_note(panels), *notes[0]])
+        figures[STEMS[0]] = draw_three_panels(panels, empty[:-1], [count_note(panels), *of_panels])
     if accuracy.curves:
-        figures[STEMS[1]] = draw_test_accuracy(accuracy, [count_note([accuracy]), *notes[1]])
+        figures[STEMS[1]] = draw_test_accuracy(accuracy, [count_note([accuracy]), *of_accuracy])
     for stem, figure in figures.items():
         write_figure(figure, *figure_paths(parsed.output_dir, stem))
     return 0

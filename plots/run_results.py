@@ -51,7 +51,7 @@ class Metric(NamedTuple):
     """One choice of what to draw."""
 
     folder: str  # where its files are: <algorithm>/<folder>/index-K.npy
-    axis_label: str  # {units}: number of units of the last layer
+    axis_label: str  # without the unit of a rank
     kind: str  # "fraction" (drawn in percent), "rank" (drawn in percent of the last layer's units) or "plain"
     per_epoch: bool  # stored per epoch; otherwise per task
     best: Callable[..., np.ndarray] = np.max  # what of a task's epochs counts
@@ -109,7 +109,7 @@ def metric_of(name: str) -> Metric:
     is_accuracy, is_loss = (re.search(rf"(^|_){word}$", stem) for word in ("accuracy", "loss"))
     kind = "rank" if stem in RANKS else "fraction" if is_accuracy or stem in FRACTIONS else "plain"
     best = np.max if is_accuracy else np.min if is_loss else mean_of_those_there
-    unit = {"fraction": " (%)", "rank": " (% of {units})", "plain": "" if is_loss or not per_epoch else " per epoch"}[kind]
+    unit = {"fraction": " (%)", "rank": "", "plain": "" if is_loss or not per_epoch else " per epoch"}[kind]
     label = METRIC_LABELS.get(stem, as_text(stem)) + unit
     return Metric(name, label, kind, per_epoch, best, has_first_task=which != "previous_tasks_", images=IMAGES.get(which, ""))
 
@@ -207,7 +207,7 @@ def algorithm_label(algorithm: str) -> str:
 
 def axis_text(metric: Metric, num_units: str) -> str:
     """A metric's name and unit beside an axis, in lines that fit it. num_units: of the last layer."""
-    label = metric.axis_label.replace("{units}", num_units) if metric.kind == "rank" else metric.axis_label
+    label = metric.axis_label + f" (% of {num_units})" * (metric.kind == "rank")
     return "\n".join(part for line in label.split("\n") for part in textwrap.wrap(legible(line), 36))
 
 
@@ -258,11 +258,11 @@ def read_runs(results_dir: Path, metric: Metric, algorithms: Sequence[str] | Non
         algorithms = [*ALGORITHM_LABELS, *(name for name in folders if name not in ALGORITHM_LABELS)]
     elif metric.is_relative and RETRAINED not in algorithms:
         algorithms = [*algorithms, RETRAINED]
-    runs = {
-        algorithm: [_read_run(results_dir, algorithm, i, metric) for i in _indices(results_dir / algorithm / metric.folder)]
+    return {
+        algorithm: [_read_run(results_dir, algorithm, index, metric) for index in indices]
         for algorithm in algorithms
+        if (indices := _indices(results_dir / algorithm / metric.folder))
     }
-    return {algorithm: found for algorithm, found in runs.items() if found}
 
 
 def algorithm_folders(results_dir: Path) -> list[str]:
@@ -384,10 +384,9 @@ def make_curves(runs: dict[str, list[Run]], metric: Metric, per_epoch: bool = Fa
 
     Per task, a run's value is its best of the task's epochs, and only complete tasks count; with `per_epoch`, every epoch is a point. A
     relative metric subtracts, run by run, the retrained network of the same index, whose own curve is left out.
-    Raises UserError if the runs are of different sizes, so that they have no common axis or no meaningful mean.
+    Raises UserError if the runs are of different sizes or analyses, so that they have no common axis or no meaningful mean.
     """
-    check_sizes(runs)
-    check_analysis(runs)
+    check_alike(runs)
     if metric.per_epoch and not per_epoch:
         runs = {algorithm: [run.per_task(metric.best) for run in of_algorithm] for algorithm, of_algorithm in runs.items()}
     points = "epochs" if per_epoch else "tasks"
@@ -450,9 +449,10 @@ def flattened(runs: dict[str, list[Run]]) -> Iterable[Run]:
     return (run for of_algorithm in runs.values() for run in of_algorithm)
 
 
-def check_sizes(runs: dict[str, list[Run]]) -> None:
-    """Raise UserError unless all runs share the axes of a figure, and those of an algorithm all but the number of tasks."""
-    groups = [(key, list(flattened(runs))) for key in ("dataset", "classes_per_task", "epochs_per_task")]
+def check_alike(runs: dict[str, list[Run]]) -> None:
+    """Raise UserError unless all runs share the axes of a figure and an analysis, and those of an algorithm all but the number of tasks."""
+    everything = list(flattened(runs))
+    groups = [(key, everything) for key in ("dataset", "classes_per_task", "epochs_per_task")]
     groups += [(key, of_algorithm) for of_algorithm in runs.values() for key in SIZE_KEYS if key != "num_tasks"]
     for key, group in groups:
         for run in group:
@@ -462,16 +462,11 @@ def check_sizes(runs: dict[str, list[Run]]) -> None:
                     f"runs of different sizes cannot be averaged in one figure: {key} is {first} in {group[0].file('config_files')} and "
                     f"{here} in {run.file('config_files')}; choose with --algorithms or move runs elsewhere"
                 )
-
-
-def check_analysis(runs: dict[str, list[Run]]) -> None:
-    """Raise UserError unless all runs of a figure were analysed with the same settings."""
-    group = list(flattened(runs))
-    for run in group:
-        if run.analysis != group[0].analysis:
+    for run in everything:
+        if run.analysis != everything[0].analysis:
             raise UserError(
-                f"runs analysed with different settings do not belong in one figure: {group[0].analysis} in "
-                f"{group[0].file('analysis_settings')} and {run.analysis} in {run.file('analysis_settings')}; "
+                f"runs analysed with different settings do not belong in one figure: {everything[0].analysis} in "
+                f"{everything[0].file('analysis_settings')} and {run.analysis} in {run.file('analysis_settings')}; "
                 "run post_run_analysis.py again"
             )
 
