@@ -194,6 +194,7 @@ def draw_curve(axes: Axes, curve: Curve, stroke: Stroke, line_width: float) -> L
 
 
 def label_with_runs(algorithm: str, num_runs: int) -> str:
+    """An algorithm's label in a legend."""
     return f"{algorithm_label(algorithm)} ({runs_text(num_runs)})"
 
 
