@@ -33,31 +33,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))  # the parts are found wherever this script is called from
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the parts are found wherever this script is called from
 
 import numpy as np
 from scipy.stats import false_discovery_control, ttest_ind_from_stats
 
-from incremental_cifar.command_line import OneLineArgumentParser, run_script
+from incremental_cifar.command_line import run_script
 from incremental_cifar.config import Config, UserError
 from incremental_cifar.safe_files import around_block, check_destinations, write_file
-from plots.drawing import (
-    FULL_WIDTH,
-    GREY,
-    SINGLE_COLUMN,
-    STYLE,
-    add_axes,
-    add_notes,
-    new_figure,
-    notes_height,
-    number_of_classes_axis,
-    strokes,
-    wrapped,
-)
+from plots.drawing import COLOURS, FULL_WIDTH, GREY, SINGLE_COLUMN, add_axes, in_style, new_figure, number_of_classes_axis, wrapped
 from plots.ledger import BEGIN, END, RESULTS, update_ledger
 from plots.output_files import write_figure
-from plots.plain_matplotlib import Figure, rc_context
+from plots.plain_matplotlib import Figure
 from plots.published_curves import PublishedCurve, read_published_curves
 from plots.run_results import (
     ALGORITHM_LABELS,
@@ -69,10 +56,9 @@ from plots.run_results import (
     Curve,
     Run,
     add_output_argument,
-    add_results_argument,
     algorithm_folders,
     algorithm_label,
-    analysis_text,
+    as_text,
     flattened,
     indices_text,
     legible,
@@ -80,10 +66,9 @@ from plots.run_results import (
     mean_and_standard_error,
     metric_of,
     read_runs,
+    results_parser,
     size_differences,
 )
-
-COMPARED = {published: name for name, published in PUBLISHED.items()}
 
 AGREES, DIFFERS, NOT_JUDGED = "agrees", "differs", "not judged"
 LEVEL = 0.05  # a point with a smaller adjusted p-value differs
@@ -144,7 +129,7 @@ def compare(results_dir: Path, published: dict[tuple[str, str], PublishedCurve])
     Raises UserError for files that cannot be used.
     """
     points, remarks = [], []
-    for published_name, name in COMPARED.items():
+    for name, published_name in PUBLISHED.items():
         metric = metric_of(name)
         algorithms = [algorithm for algorithm in ALGORITHM_LABELS if (published_name, algorithm) in published]
         runs, left_out = only_the_papers(read_runs(results_dir, metric, algorithms))
@@ -155,7 +140,7 @@ def compare(results_dir: Path, published: dict[tuple[str, str], PublishedCurve])
             remarks.append(f"{published_name}: nothing to compare of {', '.join(missing)}")
         curves = [matching_points(published_name, curve, published[published_name, curve.algorithm]) for curve in shown.curves]
         points += judged([point for curve in curves for point in curve])
-    return points, list(dict.fromkeys(remarks))
+    return points, remarks
 
 
 def gaps_to_retrained(results_dir: Path) -> tuple[list[Gap], list[str]]:
@@ -202,7 +187,7 @@ def only_the_papers(runs: dict[str, list[Run]]) -> tuple[dict[str, list[Run]], l
         if differences := size_differences(run.sizes):
             groups.setdefault((run.algorithm, f"another experiment than the paper's ({differences})"), []).append(run.index)
         elif run.analysis not in (None, AnalysisSettings()):
-            groups.setdefault((run.algorithm, f"analysed otherwise than the paper ({analysis_text(run.analysis)})"), []).append(run.index)
+            groups.setdefault((run.algorithm, f"analysed otherwise than the paper ({run.analysis})"), []).append(run.index)
         else:
             kept.setdefault(run.algorithm, []).append(run)
     return kept, [f"{algorithm}: {indices_text(indices)} left out, {reason}" for (algorithm, reason), indices in groups.items()]
@@ -211,18 +196,16 @@ def only_the_papers(runs: dict[str, list[Run]]) -> tuple[dict[str, list[Run]], l
 def matching_points(published_name: str, curve: Curve, paper: PublishedCurve) -> list[Point]:
     """The points of a curve at numbers of classes where we have a run and the paper a value; not judged yet."""
     mean, standard_error, count = mean_and_standard_error(curve.values)
-    ours = {int(position): number for number, position in enumerate(curve.positions) if count[number]}
-    points = []
     is_hidden = np.isnan(paper.standard_error)
     shown = paper.number_of_classes[~is_hidden], paper.standard_error[~is_hidden]
-    paper = paper._replace(standard_error=np.interp(paper.number_of_classes, *shown))
-    for number_of_classes, paper_mean, paper_standard_error, reading_error, hidden in zip(*paper, is_hidden, strict=True):
-        if (number := ours.get(int(number_of_classes))) is not None:
-            our_values = float(mean[number]), float(standard_error[number]), int(count[number])
-            paper_values = float(paper_mean), float(paper_standard_error), bool(hidden), float(reading_error)
-            indices = tuple(np.array(curve.indices)[np.isfinite(curve.values[:, number])].tolist())
-            points.append(Point(published_name, curve.algorithm, int(number_of_classes), *our_values, *paper_values, indices=indices))
-    return points
+    paper_errors = np.interp(paper.number_of_classes, *shown)
+    papers = zip(paper.mean, paper_errors, is_hidden, paper.reading_error, strict=True)
+    paper_at = dict(zip(paper.number_of_classes, papers, strict=True))
+    return [
+        Point(published_name, curve.algorithm, classes, *ours, *paper_at[classes], indices=tuple(np.array(curve.indices)[is_there]))
+        for classes, *ours, is_there in zip(curve.positions, mean, standard_error, count, np.isfinite(curve.values).T, strict=True)
+        if classes in paper_at and is_there.any()
+    ]
 
 
 def judged(points: Sequence[Point]) -> list[Point]:
@@ -272,11 +255,6 @@ def common_verdict(points: Sequence[Point]) -> str:
     return min((point.verdict for point in points), key=(DIFFERS, AGREES, NOT_JUDGED).index, default=NOT_JUDGED)
 
 
-def least_likely(points: Sequence[Point]) -> Point:
-    """Of points that are judged, that with the smallest p-value."""
-    return min(points, key=lambda point: point.p_value)
-
-
 def summary(points: Sequence[Point]) -> str:
     """One line: how many of the points and curves that are judged agree, and the smallest p-value."""
     compared = [point for point in points if point.verdict != NOT_JUDGED]
@@ -285,11 +263,11 @@ def summary(points: Sequence[Point]) -> str:
             "one run is too few for a standard error." if points else "no run of the paper's experiment here; nothing written."
         )
     curves = [common_verdict(curve) for curve in by_curve(compared).values()]
-    least = least_likely(compared)
+    least = min(compared, key=lambda point: point.p_value)
     return (
         f"{curves.count(AGREES)} of {len(curves)} curves agree, {sum(point.verdict == AGREES for point in compared)} of {len(compared)} "
         f"points; the smallest adjusted p-value is {p_text(least.p_value)}, {least.metric} of {least.algorithm} at "
-        f"{least.number_of_classes} classes, {signed(least.difference)}."
+        f"{least.number_of_classes} classes, {least.difference:+.3f}."
     )
 
 
@@ -299,14 +277,12 @@ COLUMNS = ("metric", "algorithm", "classes", "ours", "SE", "n", "paper", "SE", "
 NUM_TEXT_COLUMNS = 2  # on the left; the others are numbers, to the right
 
 
-def signed(value: float) -> str:
-    return f"{value:+.3f}"
+def number_or_dash(value: float, form: str = ".3f") -> str:
+    return "-" if np.isnan(value) else format(value, form)
 
 
 def p_text(p_value: float) -> str:
-    if np.isnan(p_value):
-        return "-"
-    return f"{p_value:.3f}" if p_value >= 0.001 else "<0.001"
+    return "<0.001" if p_value < 0.001 else number_or_dash(p_value)
 
 
 def table_row(point: Point) -> tuple[str, ...]:
@@ -316,11 +292,11 @@ def table_row(point: Point) -> tuple[str, ...]:
         point.algorithm,
         str(point.number_of_classes),
         f"{point.ours:.3f}",
-        "-" if point.num_runs == 1 else f"{point.standard_error:.3f}",
+        number_or_dash(point.standard_error),
         str(point.num_runs),
         f"{point.paper:.3f}",
         ("hidden, ~" if point.is_hidden else "") + f"{point.paper_standard_error:.3f}",
-        signed(point.difference),
+        f"{point.difference:+.3f}",
         p_text(point.p_value),
         point.verdict,
     )
@@ -336,8 +312,9 @@ def overview_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
         compared = [point for point in curve if point.verdict != NOT_JUDGED]
         agree = f"{sum(point.verdict == AGREES for point in compared)} of {len(compared)}" if compared else "-"
         farthest = max(curve, key=lambda point: abs(point.difference))
-        p_value = least_likely(compared).p_value if compared else np.nan
-        rows.append((*names, agree, signed(farthest.difference), str(farthest.number_of_classes), p_text(p_value), common_verdict(curve)))
+        largest = f"{farthest.difference:+.3f}", str(farthest.number_of_classes)
+        p_value = min((point.p_value for point in compared), default=np.nan)
+        rows.append((*names, agree, *largest, p_text(p_value), common_verdict(curve)))
     return rows
 
 
@@ -350,11 +327,10 @@ def gap_rows(gaps: Sequence[Gap], published: dict[tuple[str, str], PublishedCurv
     for gap in gaps:
         row = [gap.algorithm, str(len(gap.mean))]
         paper = published.get((PUBLISHED[RELATIVE], gap.algorithm))
-        papers = (paper.mean.mean(), slopes(paper.number_of_classes, paper.mean)) if paper else (None, None)
+        papers = (paper.mean.mean(), slopes(paper.number_of_classes, paper.mean)) if paper else (np.nan, np.nan)
         for values, papers_value in zip((gap.mean, gap.slope), papers, strict=True):
             (mean,), (standard_error,), _ = mean_and_standard_error(values[:, np.newaxis])
-            error = "-" if np.isnan(standard_error) else f"{standard_error:.3f}"
-            row += [signed(mean), error, "-" if papers_value is None else signed(papers_value)]
+            row += [f"{mean:+.3f}", number_or_dash(standard_error), number_or_dash(papers_value, "+.3f")]
         rows.append(tuple(row))
     return rows
 
@@ -394,27 +370,19 @@ percentage points, and the slope of the least-squares line through them in point
 
 def markdown(points: Sequence[Point], gaps: Sequence[Sequence[str]], remarks: Sequence[str]) -> str:
     """The whole comparison as a Markdown file."""
-    parts = ["# Comparison with the paper", summary(points)]
-    if remarks:
-        parts.append("\n".join(f"- {remark}" for remark in remarks))
-    parts += [
+    parts = [
+        "# Comparison with the paper",
+        summary(points),
+        "\n".join(f"- {remark}" for remark in remarks),
         markdown_table(OVERVIEW_COLUMNS, overview_rows(points)),
         *([GAP_EXPLANATION, markdown_table(GAP_COLUMNS, gaps)] if gaps else []),
         EXPLANATION,
         markdown_table(COLUMNS, [table_row(point) for point in points]),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 # --- The figure ----------------------------------------------------------------------------------------------------------------------
-
-ROW_LABELS = {
-    "relative_accuracy": "Relative accuracy",
-    "test_accuracy": "Test accuracy",
-    "dormant_units": "Dormant units",
-    "stable_rank": "Stable rank",
-}
-
 
 MARKERS = {
     AGREES: {"marker": "o", "markersize": 2.4},
@@ -427,34 +395,31 @@ LEGEND = (
 )
 
 
+@in_style
 def draw_differences(points: Sequence[Point], notes: Sequence[str] = ()) -> Figure:
     """A panel per metric and algorithm: our mean minus the paper's, with its standard error as a band around 0.
 
     Filled: agrees. Crosses: differs. Hollow: one run, not judged. The panels of a row share their y axis.
     """
-    metrics = [metric for metric in COMPARED if any(point.metric == metric for point in points)]
-    algorithms = [algorithm for algorithm in ALGORITHM_LABELS if any(point.algorithm == algorithm for point in points)]
-    stroke_of = strokes(ALGORITHM_LABELS)
+    panels = by_curve(points)
+    metrics = list(dict.fromkeys(metric for metric, _ in panels))
+    algorithms = [algorithm for algorithm in ALGORITHM_LABELS if any(algorithm == of_panel for _, of_panel in panels)]
     left, right, gap, row_height, row_gap = 0.6, 0.12, 0.17, 0.95, 0.16
     width = min((FULL_WIDTH - left - right - gap * (len(algorithms) - 1)) / len(algorithms), 2.4)
     full_width = max(left + right + len(algorithms) * (width + gap) - gap, SINGLE_COLUMN)
-    note_lines = wrapped(notes, full_width - 0.2)
-    foot = notes_height(note_lines)
+    note_lines, foot = wrapped(notes, full_width)
     full_height = foot + 0.42 + len(metrics) * (row_height + row_gap) + 0.2
-    figure = new_figure(full_width, full_height)
+    figure = new_figure(full_width, full_height, note_lines)
     for row, metric in enumerate(metrics):
         of_metric = [point for point in points if point.metric == metric]
         reach = min(1.12 * max(max(abs(point.difference), np.nan_to_num(point.error)) for point in of_metric), 100)
         for column, algorithm in enumerate(algorithms):
-            panel = [point for point in of_metric if point.algorithm == algorithm]
-            if not panel:
+            if not (panel := panels.get((metric, algorithm))):
                 continue
             bottom = full_height - 0.28 - (row + 1) * row_height - row * row_gap
             axes = add_axes(figure, left + column * (width + gap), bottom, width, row_height)
-            classes = np.array([point.number_of_classes for point in panel])
-            differences = np.array([point.difference for point in panel])
-            errors = np.array([point.error for point in panel])
-            colour = stroke_of[algorithm].colour
+            classes, differences, errors = np.array([(point.number_of_classes, point.difference, point.error) for point in panel]).T
+            colour = COLOURS[algorithm]
             axes.axhline(0, color=GREY, linewidth=0.6, linestyle=(0, (4, 2)), zorder=1.5)
             axes.fill_between(classes, -errors, errors, where=np.isfinite(errors), color=GREY, alpha=0.15, linewidth=0)
             axes.plot(classes, differences, color=colour, linewidth=0.5)
@@ -465,18 +430,17 @@ def draw_differences(points: Sequence[Point], notes: Sequence[str] = ()) -> Figu
             axes.set_xticks([5, 50, 100])
             axes.set_ylim(-reach, reach)
             axes.locator_params(axis="y", nbins=5)
-            is_lowest = not any(point.metric in metrics[row + 1 :] and point.algorithm == algorithm for point in points)
+            is_lowest = not any((below, algorithm) in panels for below in metrics[row + 1 :])
             axes.tick_params(labelbottom=is_lowest)
             if not is_lowest:
                 axes.set_xlabel("")
-            if not any(point.algorithm in algorithms[:column] for point in of_metric):
-                axes.set_ylabel(ROW_LABELS[metric])
+            if not any((metric, before) in panels for before in algorithms[:column]):
+                axes.set_ylabel(as_text(metric))
             else:
                 axes.tick_params(labelleft=False)
-            if not any(point.metric in metrics[:row] and point.algorithm == algorithm for point in points):
+            if not any((above, algorithm) in panels for above in metrics[:row]):
                 axes.set_title(algorithm_label(algorithm), color=colour, fontsize=6.5)
     figure.align_ylabels()
-    add_notes(figure, note_lines)
     return figure
 
 
@@ -485,8 +449,7 @@ def draw_differences(points: Sequence[Point], notes: Sequence[str] = ()) -> Figu
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The arguments. Raises UserError."""
-    parser = OneLineArgumentParser(description="Compare stored runs with the paper's curves.")
-    add_results_argument(parser)
+    parser = results_parser("Compare stored runs with the paper's curves.")
     add_output_argument(parser)
     parser.add_argument(
         "--strict",
@@ -517,8 +480,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gap_table = gap_rows(gaps, published)
     remarks = list(dict.fromkeys([*remarks, *more_remarks]))
     if points:
-        with rc_context(STYLE):
-            figure = draw_differences(points, [LEGEND, *(legible(f"{remark}.") for remark in remarks)])
+        figure = draw_differences(points, [LEGEND, *(legible(f"{remark}.") for remark in remarks)])
         table_path, *figure_paths = output_paths(parsed.output_dir)
         write_file(table_path, markdown(points, gap_table, remarks).encode())
         write_figure(figure, *figure_paths)

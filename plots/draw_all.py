@@ -11,16 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the parts are found wherever this script is called from
 
-from incremental_cifar.command_line import OneLineArgumentParser, run_script
+from incremental_cifar.command_line import run_script
 from incremental_cifar.config import UserError
 from plots import compare_with_paper, plot_incremental_cifar_results, plot_paper_figure
 from plots.drawing import COLOURS, FURTHER_COLOURS
-from plots.run_results import ALGORITHM_LABELS, add_results_argument, find_metrics
+from plots.run_results import ALGORITHM_LABELS, find_metrics, results_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = OneLineArgumentParser(description="Draw every figure that stored runs give.")
-    add_results_argument(parser)
+    parser = results_parser("Draw every figure that stored runs give.")
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="where to write (default: figures/ in --results_dir)")
     parsed = parser.parse_args(arguments)
     results, output = parsed.results_dir, parsed.output_dir or parsed.results_dir / "figures"

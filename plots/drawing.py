@@ -1,7 +1,7 @@
 """What the figures have in common: colours, axes, curves with their bands, and names at their ends.
 
 Figures are laid out in inches, so that text of a given size fits whatever the data are. Nothing here touches pyplot's global state: no
-window system is needed, and `rc_context(STYLE)` surrounds whatever draws.
+window system is needed, and whatever draws is decorated with `in_style`.
 """
 
 import itertools
@@ -12,25 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plots.plain_matplotlib import (
-    DEFAULTS,
-    FONT,
-    Axes,
-    Figure,
-    FigureCanvasAgg,
-    Line2D,
-    Patch,
-    ScaledTranslation,
-    StrMethodFormatter,
-    Text,
-)
-from plots.published_curves import PublishedCurve
-from plots.run_results import METHOD_LABELS, RETRAINED, Curve, Metric, algorithm_label, mean_and_standard_error
+from plots.plain_matplotlib import DEFAULTS, FONT, Axes, Figure, FigureCanvasAgg, Line2D, ScaledTranslation, Text, rc_context
+from plots.run_results import METHOD_LABELS, RETRAINED, Curve, Metric, MetricCurves, algorithm_label, mean_and_standard_error
 
 STYLE = DEFAULTS | {
     "font.family": FONT,
-    "font.size": 7,
-    "axes.labelsize": 7,
+    "font.size": 7,  # also of the axes' labels
     "axes.titlesize": 7,
     "xtick.labelsize": 6.5,
     "ytick.labelsize": 6.5,
@@ -41,11 +28,10 @@ STYLE = DEFAULTS | {
     "ytick.major.width": 0.6,
     "xtick.major.size": 2.5,
     "ytick.major.size": 2.5,
-    "axes.unicode_minus": True,
     "svg.hashsalt": "incremental-cifar",  # otherwise every SVG gets other ids
-    "svg.fonttype": "path",
     "pdf.fonttype": 42,
 }
+in_style = rc_context(STYLE)  # a decorator of functions that draw
 SINGLE_COLUMN = 3.5  # inches
 FULL_WIDTH = 7.2
 
@@ -101,10 +87,19 @@ def strokes(algorithms: Iterable[str]) -> dict[str, Stroke]:
 # --- Figures and axes ------------------------------------------------------------------------------------------------------------
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches that can measure its text."""
+def wrapped(notes: Sequence[str], width: float) -> tuple[list[str], float]:
+    """Notes as lines that fit a figure of this width, and the inches that they take at its foot."""
+    lines = [line for note in notes for line in textwrap.wrap(note, int((width - 0.2) * 72 / NOTE_SIZE / 0.56))]
+    return lines, 0.1 * len(lines) + 0.08 * bool(lines)
+
+
+def new_figure(width: float, height: float, note_lines: Sequence[str]) -> Figure:
+    """A figure of so many inches that can measure its text; empty but for lines of notes at its foot."""
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
+    if note_lines:
+        text = "\n".join(note_lines)
+        figure.text(0.1 / width, 0.06 / height, text, fontsize=NOTE_SIZE, color=GREY, va="bottom", linespacing=1.15)
     return figure
 
 
@@ -112,15 +107,10 @@ def add_axes(figure: Figure, left: float, bottom: float, width: float, height: f
     """Axes at a place given in inches from the figure's lower left corner, without a frame and with a light grid."""
     full_width, full_height = figure.get_size_inches()
     axes = figure.add_axes((left / full_width, bottom / full_height, width / full_width, height / full_height))
-    tidy(axes)
-    return axes
-
-
-def tidy(axes: Axes) -> None:
-    """Leave two of the frame's four lines, and put a light grid beneath everything."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color="#e6e6e6", linewidth=0.5)
     axes.set_axisbelow(True)
+    return axes
 
 
 def number_of_classes_axis(axes: Axes, positions: np.ndarray) -> None:
@@ -136,7 +126,7 @@ def number_of_classes_axis(axes: Axes, positions: np.ndarray) -> None:
 def epoch_axis(axes: Axes, num_epochs: int) -> None:
     """An x axis over epochs, counted from 1 through all tasks."""
     axes.set_xlim(0, num_epochs)
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.locator_params(axis="x", integer=True, nbins=6)
     axes.set_xlabel("Epoch")
 
@@ -159,106 +149,66 @@ def limit_to_possible_values(axes: Axes, metric: Metric) -> None:
         line.set_clip_on(False)
 
 
-def wrapped(notes: Sequence[str], width: float) -> list[str]:
-    """Notes as lines that fit `width` inches at the size of notes."""
-    return [line for note in notes for line in textwrap.wrap(note, int(width * 72 / NOTE_SIZE / 0.56))]
-
-
-def notes_height(lines: Sequence[str]) -> float:
-    """The inches that lines of notes take at the foot of a figure."""
-    return 0.1 * len(lines) + 0.08 * bool(lines)
-
-
-def add_notes(figure: Figure, lines: Sequence[str]) -> None:
-    """Write lines of notes at the foot of a figure."""
-    if lines:
-        width, height = figure.get_size_inches()
-        figure.text(0.1 / width, 0.06 / height, "\n".join(lines), fontsize=NOTE_SIZE, color=GREY, va="bottom", linespacing=1.15)
-
-
 # --- Curves ----------------------------------------------------------------------------------------------------------------------
 
 
-def draw_curves(axes: Axes, curves: Sequence[Curve], stroke_of: dict[str, Stroke], line_width: float = LINE_WIDTH) -> list[Line2D]:
-    """Draw curves, the retrained network's beneath the others; return their lines in the given order.
+def draw_curves(axes: Axes, shown: MetricCurves, line_width: float = LINE_WIDTH) -> dict[str, Line2D]:
+    """Draw curves, the retrained network's beneath the others; return algorithm to line, in the given order.
 
-    Curves that coincide would hide each other: each further one is dashed, with gaps that show all beneath.
+    Where accuracies are relative to the retrained network, its line lies at 0 and is the last. Curves that coincide would hide each other:
+    each further one is dashed, with gaps that show all beneath.
     """
+    stroke_of = strokes(curve.algorithm for curve in shown.curves)
     lines: dict[str, Line2D] = {}
-    for curve in sorted(curves, key=lambda curve: curve.algorithm != RETRAINED):
+    for curve in sorted(shown.curves, key=lambda curve: curve.algorithm != RETRAINED):
         line = draw_curve(axes, curve, stroke_of[curve.algorithm], line_width)
         beneath = sum(np.array_equal(line.get_xydata(), other.get_xydata(), equal_nan=True) for other in lines.values())
         if beneath:
             line.set_linestyle((0, (3, 3 * (2**beneath - 1))))
         lines[curve.algorithm] = line
-    return [lines[curve.algorithm] for curve in curves]
+    lines = {curve.algorithm: lines[curve.algorithm] for curve in shown.curves}
+    if shown.metric.is_relative:
+        label = label_with_runs(RETRAINED, len({index for curve in shown.curves for index in curve.indices}))
+        lines[RETRAINED] = axes.axhline(0, color=COLOURS[RETRAINED], linewidth=LINE_WIDTH, zorder=1, label=label)
+    return lines
 
 
-def draw_curve(axes: Axes, curve: Curve, stroke: Stroke, line_width: float = LINE_WIDTH) -> Line2D:
+def draw_curve(axes: Axes, curve: Curve, stroke: Stroke, line_width: float) -> Line2D:
     """Draw mean and band of +- 1 standard error; return the line, labelled with the algorithm and its number of runs.
 
     There is no band where there are less than two runs. A point without a neighbour, which no line would show, gets a dot.
     """
     mean, standard_error, _ = mean_and_standard_error(curve.values)
-    (line,) = axes.plot(
-        curve.positions, mean, color=stroke.colour, linestyle=stroke.line_style, linewidth=line_width, label=curve_label(curve), zorder=3
-    )
+    (line,) = axes.plot(curve.positions, mean, color=stroke.colour, linestyle=stroke.line_style, linewidth=line_width, zorder=3)
+    line.set_label(label_with_runs(curve.algorithm, len(curve.indices)))
     there = np.isfinite(mean)
     has_neighbour = np.append(False, there[:-1]) | np.append(there[1:], False)
     lonely = np.flatnonzero(there & ~has_neighbour)
     if len(lonely):
         line.set(marker="o", markersize=2.5, markevery=lonely.tolist())
-    if np.isfinite(standard_error).any():
-        axes.fill_between(
-            curve.positions,
-            mean - standard_error,
-            mean + standard_error,
-            where=np.isfinite(standard_error),
-            color=stroke.colour,
-            alpha=BAND_OPACITY,
-            linewidth=0,
-            zorder=2,
-        )
+    has_band = np.isfinite(standard_error)
+    if has_band.any():
+        edges = mean - standard_error, mean + standard_error
+        axes.fill_between(curve.positions, *edges, where=has_band, color=stroke.colour, alpha=BAND_OPACITY, linewidth=0, zorder=2)
     return line
 
 
-def draw_published(axes: Axes, curve: PublishedCurve, stroke: Stroke) -> Line2D:
-    """Draw the paper's mean, thin and dashed, beneath everything else."""
-    (line,) = axes.plot(
-        curve.number_of_classes, curve.mean, color=stroke.colour, linestyle=(0, (4, 2)), linewidth=0.7, zorder=1.5, label="_published"
-    )
-    return line
-
-
-def draw_zero_line(axes: Axes, num_runs: int) -> Line2D:
-    """The retrained network, in a figure of accuracies relative to it."""
-    label = f"{algorithm_label(RETRAINED)} ({runs_text(num_runs)})"
-    return axes.axhline(0, color=COLOURS[RETRAINED], linewidth=LINE_WIDTH, zorder=1, label=label)
-
-
-def curve_label(curve: Curve) -> str:
-    """An algorithm's label with its number of runs."""
-    return f"{algorithm_label(curve.algorithm)} ({runs_text(len(curve.indices))})"
+def label_with_runs(algorithm: str, num_runs: int) -> str:
+    """An algorithm's label in a legend."""
+    return f"{algorithm_label(algorithm)} ({runs_text(num_runs)})"
 
 
 def runs_text(num_runs: int) -> str:
     return "1 run" if num_runs == 1 else f"{num_runs} runs"
 
 
-def band_handle() -> Patch:
-    """What the legend says about the bands."""
-    return Patch(color=GREY, alpha=BAND_OPACITY, linewidth=0, label="± 1 standard error")
-
-
-def published_handle() -> Line2D:
-    """What the legend says about the paper's curves."""
-    return Line2D([], [], color=GREY, linestyle=(0, (4, 2)), linewidth=0.7, label="The paper (15 runs)")
-
-
 # --- Names at the curves' ends ---------------------------------------------------------------------------------------------------
 
 
-def label_ends(axes: Axes, named: Sequence[tuple[str, Line2D]], size: float = 6.0) -> None:
+POINTER = {"arrowstyle": "-", "linewidth": 0.6, "linestyle": (0, (1, 1)), "shrinkA": 1, "shrinkB": 1, "relpos": (0, 0.5)}
+
+
+def label_ends(axes: Axes, named: Sequence[tuple[str, Line2D]]) -> None:
     """Write each name right of the axes, in its line's colour, or DARKER: level with the line's end, or as near as the other names allow.
 
     A dotted pointer leads from the end to the name. Names are in the order of the ends, so that pointers of complete curves do not cross.
@@ -272,29 +222,12 @@ def label_ends(axes: Axes, named: Sequence[tuple[str, Line2D]], size: float = 6.
         there = np.flatnonzero(np.isfinite(line.get_ydata()))[-1]
         ends.append((name, line, (axes.get_xlim()[1] if is_across else line.get_xdata()[there], line.get_ydata()[there])))
     ends.sort(key=lambda end: end[2][1])
-    texts = [
-        axes.annotate(
-            name,
-            point,
-            xytext=(1, 0),
-            textcoords=beside,
-            color=DARKER.get(line.get_color(), line.get_color()),
-            fontsize=size,
-            va="center",
-            linespacing=0.95,
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": line.get_color(),
-                "linewidth": 0.6,
-                "linestyle": (0, (1, 1)),
-                "shrinkA": 1,
-                "shrinkB": 1,
-                "relpos": (0, 0.5),
-            },
-        )
-        for name, line, point in ends
-    ]
+    texts = []
+    for name, line, point in ends:
+        colour = line.get_color()
+        style = {"color": DARKER.get(colour, colour), "fontsize": 6, "va": "center", "linespacing": 0.95}
+        pointer = POINTER | {"color": colour}
+        texts.append(axes.annotate(name, point, (1, 0), textcoords=beside, annotation_clip=False, arrowprops=pointer, **style))
     renderer = axes.figure.canvas.get_renderer()
     heights = np.array([Text.get_window_extent(text, renderer).height for text in texts]) / axes.get_window_extent(renderer).height
     wanted = np.array([(point[1] - bottom) / (top - bottom) for _, _, point in ends])

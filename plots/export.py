@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the parts are
 
 import numpy as np
 
-from incremental_cifar.command_line import OneLineArgumentParser, run_script
+from incremental_cifar.command_line import run_script
 from incremental_cifar.config import NUM_CLASSES, STEPS_PER_WINDOW, Config, UserError, read_sizes
 from incremental_cifar.safe_files import check_destinations, write_file
-from plots.run_results import add_results_argument, read_values
+from plots.run_results import read_values, results_parser
 
 ARRAY = re.compile(r"([^.].*)/(class_order|.*_(?:in_order|per_epoch|runtime|per_checkpoint|analysis))/index-(\d+)\.npy")
 
@@ -62,8 +62,7 @@ def positions(metric: str, config: Config) -> dict[str, np.ndarray]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = OneLineArgumentParser(description="Write all numbers of stored runs into one table, a row per value.")
-    add_results_argument(parser)
+    parser = results_parser("Write all numbers of stored runs into one table, a row per value.")
     parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="the file to write, .csv or .parquet")
     parsed = parser.parse_args(arguments)
     output, needed = parsed.output, {".csv": ["pandas"], ".parquet": ["pandas", "pyarrow"]}

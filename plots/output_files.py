@@ -5,8 +5,8 @@ from pathlib import Path
 
 from incremental_cifar.config import UserError
 from incremental_cifar.safe_files import check_destinations, write_file
-from plots.drawing import STYLE
-from plots.plain_matplotlib import Figure, rc_context
+from plots.drawing import in_style
+from plots.plain_matplotlib import Figure
 
 # Per format, the entries that would differ from one call to the next.
 METADATA = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
@@ -21,15 +21,15 @@ def check_figure_path(path: Path) -> Path:
     return path
 
 
+@in_style
 def write_figure(figure: Figure, *paths: Path) -> None:
     """Draw a figure and write it once per path, in the formats of the suffixes. Raises UserError if one cannot be written."""
     drawn = {}
-    with rc_context(STYLE):
-        for path in paths:
-            buffer = io.BytesIO()
-            suffix = path.suffix.lower()
-            figure.savefig(buffer, format=suffix[1:], metadata=METADATA[suffix], dpi=300)
-            drawn[path] = buffer.getvalue()
+    for path in paths:
+        buffer = io.BytesIO()
+        suffix = path.suffix.lower()
+        figure.savefig(buffer, format=suffix[1:], metadata=METADATA[suffix], dpi=300)
+        drawn[path] = buffer.getvalue()
     for path, content in drawn.items():
         write_file(path, content)
         print(f"Wrote {path}")

@@ -3,6 +3,7 @@
 Matplotlib is imported here alone, since it reads the user's settings, and may stumble over them, as it is imported. Where that happened
 before, in a notebook say, DEFAULTS are still its own settings, and the process stays as it is.
 """
+# ruff: noqa: F401 (imported for others)
 
 import contextlib
 import logging
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import incremental_cifar  # noqa: F401 (gives a home to a user who has none)
+import incremental_cifar  # gives a home to a user who has none
 
 
 @contextlib.contextmanager
@@ -38,31 +39,13 @@ def without_settings() -> Iterator[None]:
 
 with without_settings():
     from matplotlib import font_manager, rc_context, rcParamsDefault
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
     from matplotlib.text import Text
-    from matplotlib.ticker import StrMethodFormatter
     from matplotlib.transforms import ScaledTranslation
-
-__all__ = [
-    "CHARACTERS",
-    "DEFAULTS",
-    "FONT",
-    "Artist",
-    "Axes",
-    "Figure",
-    "FigureCanvasAgg",
-    "Line2D",
-    "Patch",
-    "ScaledTranslation",
-    "StrMethodFormatter",
-    "Text",
-    "rc_context",
-]
 
 DEFAULTS = {key: value for key, value in rcParamsDefault.items() if key != "backend"}
 FONT = "DejaVu Sans"  # comes with Matplotlib: the same figure on every machine

@@ -13,49 +13,41 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))  # the parts are found wherever this script is called from
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the parts are found wherever this script is called from
 
 import numpy as np
 
-from incremental_cifar.command_line import OneLineArgumentParser, run_script
+from incremental_cifar.command_line import run_script
 from incremental_cifar.config import UserError
 from plots.drawing import (
+    BAND_OPACITY,
+    GREY,
     LINE_WIDTH,
     SINGLE_COLUMN,
-    STYLE,
     add_axes,
-    add_notes,
-    band_handle,
     draw_curves,
-    draw_published,
-    draw_zero_line,
     epoch_axis,
+    in_style,
     limit_to_possible_values,
     new_figure,
-    notes_height,
     number_of_classes_axis,
     place,
-    published_handle,
     room_beside,
-    strokes,
     wrapped,
 )
 from plots.output_files import SUFFIXES, check_figure_path, write_figure
-from plots.plain_matplotlib import Artist, Figure, rc_context
+from plots.plain_matplotlib import Figure, Line2D, Patch
 from plots.published_curves import PublishedCurve, read_published_curves
 from plots.run_results import (
     METRIC_ENDINGS,
     METRICS,
+    PUBLISHED,
     RELATIVE,
     RETRAINED,
     Curve,
-    Metric,
     MetricCurves,
-    add_results_argument,
+    add_algorithms_argument,
     algorithm_label,
-    algorithm_names,
-    axis_text,
     find_metrics,
     flattened,
     legible,
@@ -63,54 +55,49 @@ from plots.run_results import (
     mean_and_standard_error,
     metric_of,
     read_runs,
+    results_parser,
     size_differences,
 )
 
 AXES_HEIGHT, RIGHT = 1.9, 0.18  # inches
+PAPERS_LINE = {"linestyle": (0, (4, 2)), "linewidth": 0.7}
 
 
-def draw_metric(
-    metric: Metric,
-    shown: MetricCurves,
-    per_epoch: bool = False,
-    published: dict[str, PublishedCurve] | None = None,
-    notes: Sequence[str] = (),
-) -> Figure:
+@in_style
+def draw_metric(shown: MetricCurves, per_epoch: bool, published: dict[str, PublishedCurve], notes: Sequence[str]) -> Figure:
     """The figure of one metric at single-column width, with a legend and notes below the axes.
 
     shown: at least one curve. published: the paper's curves by algorithm; those of algorithms that are shown appear beneath them.
-    notes: lines for the reader of the figure.
     """
-    stroke_of = strokes(curve.algorithm for curve in shown.curves)
-    beneath = {curve.algorithm: published[curve.algorithm] for curve in shown.curves if published and curve.algorithm in published}
+    metric = shown.metric
+    beneath = {curve.algorithm: published[curve.algorithm] for curve in shown.curves if curve.algorithm in published}
     has_band = any(len(curve.indices) > 1 for curve in shown.curves)
     num_entries = len(shown.curves) + metric.is_relative + has_band + bool(beneath)
-    note_lines = wrapped(notes, SINGLE_COLUMN - 0.2)
+    note_lines, foot = wrapped(notes, SINGLE_COLUMN)
 
-    legend_top = max(notes_height(note_lines), 0.08) + 0.04 + 0.127 * num_entries
+    legend_top = max(foot, 0.08) + 0.04 + 0.127 * num_entries
     bottom = legend_top + 0.4
     height = bottom + AXES_HEIGHT + (0.28 if metric.images else 0.12)
-    figure = new_figure(SINGLE_COLUMN, height)
+    figure = new_figure(SINGLE_COLUMN, height, note_lines)
     axes = add_axes(figure, 0.5, bottom, SINGLE_COLUMN - 0.5 - RIGHT, AXES_HEIGHT)
 
-    handles: list[Artist] = [*draw_curves(axes, shown.curves, stroke_of, 0.7 if per_epoch else LINE_WIDTH)]
-    if metric.is_relative:
-        handles.append(draw_zero_line(axes, shown.num_retrained))
+    lines = draw_curves(axes, shown, 0.7 if per_epoch else LINE_WIDTH)
+    handles = [*lines.values()]
     if has_band:
-        handles.append(band_handle())
-    for algorithm, curve in beneath.items():
-        draw_published(axes, curve, stroke_of[algorithm])
+        handles.append(Patch(color=GREY, alpha=BAND_OPACITY, linewidth=0, label="± 1 standard error"))
+    for algorithm, paper in beneath.items():
+        colour = lines[algorithm].get_color()
+        axes.plot(paper.number_of_classes, paper.mean, color=colour, zorder=1.5, label="_published", **PAPERS_LINE)
     if beneath:
-        handles.append(published_handle())
+        handles.append(Line2D([], [], color=GREY, label="The paper (15 runs)", **PAPERS_LINE))
 
     if per_epoch:
         epoch_axis(axes, len(shown.axis))
     else:
-        number_of_classes_axis(axes, np.unique(np.concatenate([shown.axis, *(curve.number_of_classes for curve in beneath.values())])))
+        number_of_classes_axis(axes, np.unique(np.concatenate([shown.axis, *(paper.number_of_classes for paper in beneath.values())])))
     limit_to_possible_values(axes, metric)
-    axes.set_ylabel(axis_text(metric, shown.num_units))
-    if metric.images:
-        axes.set_title(metric.images, loc="left")
+    axes.set_ylabel(shown.axis_label)
+    axes.set_title(metric.images, loc="left")
     left = room_beside(axes)[0] + 0.05
     place(axes, left, SINGLE_COLUMN - left - RIGHT)
     figure.legend(
@@ -123,7 +110,6 @@ def draw_metric(
         labelspacing=0.35,
         handlelength=2.4,
     )
-    add_notes(figure, note_lines)
     return figure
 
 
@@ -132,21 +118,19 @@ def last_points(curves: Sequence[Curve], per_epoch: bool) -> str:
     texts = []
     for curve in curves:
         mean, standard_error, count = mean_and_standard_error(curve.values)
-        if len(there := np.flatnonzero(count)):
-            end = there[-1]
-            error = f" ± {standard_error[end]:.4g}" if count[end] > 1 else ""
-            where = f"epoch {curve.positions[end]}" if per_epoch else f"{curve.positions[end]} classes"
-            texts.append(f"{legible(curve.algorithm)} {mean[end]:.4g}{error} at {where} (n = {count[end]})")
+        end = np.flatnonzero(count)[-1]
+        error = f" ± {standard_error[end]:.4g}" if count[end] > 1 else ""
+        where = f"epoch {curve.positions[end]}" if per_epoch else f"{curve.positions[end]} classes"
+        texts.append(f"{legible(curve.algorithm)} {mean[end]:.4g}{error} at {where} (n = {count[end]})")
     return "; ".join(texts)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, checked as far as that needs no results. Raises UserError."""
-    parser = OneLineArgumentParser(description="Draw one metric of stored runs: mean and +- 1 standard error per algorithm.")
-    add_results_argument(parser)
+    parser = results_parser("Draw one metric of stored runs: mean and +- 1 standard error per algorithm.")
     endings = " or ".join("*" + ending for ending in METRIC_ENDINGS)
     parser.add_argument("--metric", required=True, metavar="NAME", help=f"what to draw: a run's folder {endings}, or {RELATIVE}")
-    parser.add_argument("--algorithms", metavar="A,B,C", help="folders, in the order of the legend (default: all that have the metric)")
+    add_algorithms_argument(parser, "folders, in the order of the legend (default: all that have the metric)")
     parser.add_argument("--output", type=Path, metavar="PATH", help=f"file to write, {SUFFIXES} (default <metric>.svg beside this script)")
     parser.add_argument("--per-epoch", action="store_true", help="draw every epoch instead of one value for each task")
     parser.add_argument("--published", action="store_true", help="draw the paper's curves beneath, thin and dashed")
@@ -154,14 +138,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     metric = metric_of(parsed.metric)
     if parsed.per_epoch and not metric.per_epoch:
         raise UserError(f"--per-epoch: {parsed.metric} has one value per task")
-    if parsed.published and not metric.published:
+    if parsed.published and parsed.metric not in PUBLISHED:
         raise UserError(f"--published: the paper shows no {parsed.metric}")
     if parsed.published and parsed.per_epoch:
         raise UserError("--published: the paper's curves have one value per task; leave out --per-epoch")
-    if parsed.algorithms is not None:
-        parsed.algorithms = algorithm_names(parsed.algorithms)
-        if metric.is_relative and parsed.algorithms == [RETRAINED]:
-            raise UserError(f"--algorithms: {parsed.metric} compares others with {RETRAINED}; name at least one")
+    if metric.is_relative and parsed.algorithms == [RETRAINED]:
+        raise UserError(f"--algorithms: {parsed.metric} compares others with {RETRAINED}; name at least one")
     parsed.output = check_figure_path(parsed.output or Path(__file__).resolve().parent / f"{parsed.metric}.svg")
     return parsed
 
@@ -184,9 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"{parsed.results_dir}: nothing to draw yet of {parsed.metric}: {'; '.join(shown.remarks) or 'only ' + RETRAINED}")
 
     notes = list(shown.remarks)
-    published = None
+    published = {}
     if parsed.published:
-        published = {algorithm: curve for (name, algorithm), curve in read_published_curves().items() if name == metric.published}
+        published = {algorithm: curve for (name, algorithm), curve in read_published_curves().items() if name == PUBLISHED[parsed.metric]}
         if differences := {size_differences(run.sizes) for run in flattened(runs)} - {""}:
             notes.append("These runs are another experiment than the paper's: " + "; ".join(sorted(differences)))
     for note in notes:
@@ -194,9 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if escaped := [f"{name!r} is {algorithm_label(name)}" for name in runs if legible(name) != name]:
         print("Note: in the figure, characters that its font cannot show are escaped: " + ", ".join(escaped))
     print(f"{parsed.metric}: {last_points(shown.curves, parsed.per_epoch)}")
-    with rc_context(STYLE):
-        figure = draw_metric(metric, shown, parsed.per_epoch, published, notes)
-    write_figure(figure, parsed.output)
+    write_figure(draw_metric(shown, parsed.per_epoch, published, notes), parsed.output)
     return 0
 
 

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from incremental_cifar.command_line import OneLineArgumentParser
 from incremental_cifar.config import METHODS, REPOSITORY, SEED_KEYS, SIZE_KEYS, Config, UserError, read_sizes, read_stored, whole_path
 from incremental_cifar.safe_files import broken_link
 
@@ -50,13 +51,12 @@ class Metric(NamedTuple):
     """One choice of what to draw."""
 
     folder: str  # where its files are: <algorithm>/<folder>/index-K.npy
-    axis_label: str  # {units}: number of units of the last layer
+    axis_label: str  # without the unit of a rank
     kind: str  # "fraction" (drawn in percent), "rank" (drawn in percent of the last layer's units) or "plain"
     per_epoch: bool  # stored per epoch; otherwise per task
     best: Callable[..., np.ndarray] = np.max  # what of a task's epochs counts
     is_relative: bool = False  # minus the retrained network of the same index
     has_first_task: bool = True  # False: the first task's value is 0 by convention and is not drawn
-    published: str = ""  # its name in published_curves.csv; "": the paper does not show it
     images: str = ""  # which images were analysed, with settings that its values depend on; "": none
 
 
@@ -102,19 +102,16 @@ def metric_of(name: str) -> Metric:
     """
     if name == RELATIVE:
         label = "Accuracy relative to retrained\nnetwork (percentage points)"
-        return Metric(TEST_ACCURACY, label, "fraction", True, is_relative=True, published=PUBLISHED[name])
+        return Metric(TEST_ACCURACY, label, "fraction", True, is_relative=True)
     per_epoch = name.endswith("_per_epoch")
     which = next((start for start in IMAGES if name.startswith(start)), "")
     stem = name.removeprefix(which).removesuffix("_per_epoch").removesuffix("_analysis")
     is_accuracy, is_loss = (re.search(rf"(^|_){word}$", stem) for word in ("accuracy", "loss"))
     kind = "rank" if stem in RANKS else "fraction" if is_accuracy or stem in FRACTIONS else "plain"
     best = np.max if is_accuracy else np.min if is_loss else mean_of_those_there
-    unit = {"fraction": " (%)", "rank": " (% of {units})", "plain": "" if is_loss or not per_epoch else " per epoch"}[kind]
+    unit = {"fraction": " (%)", "rank": "", "plain": "" if is_loss or not per_epoch else " per epoch"}[kind]
     label = METRIC_LABELS.get(stem, as_text(stem)) + unit
-    has_first_task = which != "previous_tasks_"
-    return Metric(
-        name, label, kind, per_epoch, best, has_first_task=has_first_task, published=PUBLISHED.get(name, ""), images=IMAGES.get(which, "")
-    )
+    return Metric(name, label, kind, per_epoch, best, has_first_task=which != "previous_tasks_", images=IMAGES.get(which, ""))
 
 
 # The released script's choices, by the names they have there.
@@ -133,6 +130,9 @@ class AnalysisSettings(NamedTuple):
     batch_norm: str = "batch"
     dormant_unit_threshold: float = 0.01
 
+    def __str__(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in self._asdict().items())
+
 
 class Run(NamedTuple):
     """The values of one metric of one run."""
@@ -144,13 +144,15 @@ class Run(NamedTuple):
     analysis: AnalysisSettings | None  # None for metrics that do not depend on them
     values: np.ndarray  # (epochs or tasks so far,) float64, in the unit of the axis; NaN where the run has none
 
-    @property
-    def config_file(self) -> str:
-        return f"{self.algorithm}/config_files/index-{self.index}.json"
+    def per_task(self, best: Callable[..., np.ndarray]) -> "Run":
+        """The same run with the best value of each complete task, of the values of its epochs."""
+        epochs = self.sizes.epochs_per_task
+        num_tasks = len(self.values) // epochs
+        return self._replace(values=best(self.values[: num_tasks * epochs].reshape(num_tasks, epochs), axis=1))
 
-    @property
-    def analysis_file(self) -> str:
-        return f"{self.algorithm}/analysis_settings/index-{self.index}.json"
+    def file(self, folder: str) -> str:
+        """The run's file in one of its algorithm's folders, for messages."""
+        return f"{self.algorithm}/{folder}/index-{self.index}.json"
 
 
 class Curve(NamedTuple):
@@ -165,11 +167,11 @@ class Curve(NamedTuple):
 class MetricCurves(NamedTuple):
     """What a figure of one metric shows."""
 
+    metric: Metric
     curves: list[Curve]
     axis: np.ndarray  # the positions of a complete run, which `Curve.positions` begins with
     remarks: list[str]  # what is drawn in part or not at all, one line each
-    num_retrained: int  # retrained runs that relative accuracies are relative to
-    num_units: str  # of the last layer, for the label of a rank
+    axis_label: str  # in lines that fit
 
 
 def mean_and_standard_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -179,28 +181,21 @@ def mean_and_standard_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray,
     (divisor n - 1) over sqrt(n), NaN with less than two runs; (p,) integer counts.
     """
     count = np.isfinite(values).sum(axis=0)
-    mean = np.full(values.shape[1], np.nan)
-    np.divide(np.nansum(values, axis=0), count, out=mean, where=count > 0)
-    variance = np.full(values.shape[1], np.nan)
-    np.divide(np.nansum((values - mean) ** 2, axis=0), count - 1, out=variance, where=count > 1)
+    mean = mean_of_those_there(values, axis=0)
+    variance = np.nansum((values - mean) ** 2, axis=0) / np.where(count > 1, count - 1, np.nan)
     return mean, np.sqrt(variance / np.maximum(count, 1)), count
-
-
-def task_bests(values: np.ndarray, epochs_per_task: int, best: Callable[..., np.ndarray]) -> np.ndarray:
-    """The best value of each complete task: (epochs,) in, (epochs // epochs_per_task,) out."""
-    num_tasks = len(values) // epochs_per_task
-    return best(values[: num_tasks * epochs_per_task].reshape(num_tasks, epochs_per_task), axis=1)
 
 
 def legible(name: str) -> str:
     """A name in which what the figures' font cannot show, or only in the wrong order, is escaped, as in \\u5b9e."""
-    from plots.plain_matplotlib import CHARACTERS  # here: a sweep reads the tables above, and draws nothing
+    from plots.plain_matplotlib import CHARACTERS  # here: export.py reads values, and draws nothing
 
-    def is_shown(character: str) -> bool:
+    def shown(character: str) -> str:
         is_right_to_left = unicodedata.bidirectional(character) in ("R", "AL", "AN")
-        return character in CHARACTERS and character.isprintable() and not is_right_to_left
+        is_legible = character in CHARACTERS and character.isprintable() and not is_right_to_left
+        return character if is_legible else character.encode("unicode_escape").decode()
 
-    return "".join(character if is_shown(character) else character.encode("unicode_escape").decode() for character in name)
+    return "".join(map(shown, name))
 
 
 def algorithm_label(algorithm: str) -> str:
@@ -212,27 +207,44 @@ def algorithm_label(algorithm: str) -> str:
 
 def axis_text(metric: Metric, num_units: str) -> str:
     """A metric's name and unit beside an axis, in lines that fit it. num_units: of the last layer."""
-    label = metric.axis_label.replace("{units}", num_units) if metric.kind == "rank" else metric.axis_label
+    label = metric.axis_label + f" (% of {num_units})" * (metric.kind == "rank")
     return "\n".join(part for line in label.split("\n") for part in textwrap.wrap(legible(line), 36))
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------------------
 
 
-def add_results_argument(parser: argparse.ArgumentParser) -> None:
-    """Give a script's command line the folder of results."""
+def results_parser(description: str) -> argparse.ArgumentParser:
+    """A parser of a script's command line, which has the folder of results."""
+
+    def results_folder(text: str) -> Path:
+        return Path(whole_path(text, "--results_dir"))
+
+    parser = OneLineArgumentParser(description=description)
     help_text = "folder with one folder per algorithm (default results/ beside plots/)"
-    parser.add_argument("--results_dir", type=_results_folder, default=REPOSITORY / "results", metavar="DIR", help=help_text)
-
-
-def _results_folder(text: str) -> Path:
-    return Path(whole_path(text, "--results_dir"))
+    parser.add_argument("--results_dir", type=results_folder, default=REPOSITORY / "results", metavar="DIR", help=help_text)
+    return parser
 
 
 def add_output_argument(parser: argparse.ArgumentParser) -> None:
     """Give a script's command line the folder to write to."""
     help_text = "where to write (default: beside this script)"
     parser.add_argument("--output-dir", type=Path, default=REPOSITORY / "plots", metavar="DIR", help=help_text)
+
+
+def add_algorithms_argument(parser: argparse.ArgumentParser, help_text: str) -> None:
+    """Give a script's command line the choice of algorithms: their folders' names, each once. Parsing it raises UserError."""
+
+    def folder_names(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",")]
+        for name in names:
+            if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+                raise UserError(f'--algorithms: expected names of folders in --results_dir, separated by commas, got "{text}"')
+            if names.count(name) > 1:
+                raise UserError(f"--algorithms: {name} appears twice")
+        return names
+
+    parser.add_argument("--algorithms", type=folder_names, metavar="A,B,C", help=help_text)
 
 
 def read_runs(results_dir: Path, metric: Metric, algorithms: Sequence[str] | None = None) -> dict[str, list[Run]]:
@@ -246,11 +258,11 @@ def read_runs(results_dir: Path, metric: Metric, algorithms: Sequence[str] | Non
         algorithms = [*ALGORITHM_LABELS, *(name for name in folders if name not in ALGORITHM_LABELS)]
     elif metric.is_relative and RETRAINED not in algorithms:
         algorithms = [*algorithms, RETRAINED]
-    runs = {
-        algorithm: [_read_run(results_dir, algorithm, i, metric) for i in _indices(results_dir / algorithm / metric.folder)]
+    return {
+        algorithm: [_read_run(results_dir, algorithm, index, metric) for index in indices]
         for algorithm in algorithms
+        if (indices := _indices(results_dir / algorithm / metric.folder))
     }
-    return {algorithm: found for algorithm, found in runs.items() if found}
 
 
 def algorithm_folders(results_dir: Path) -> list[str]:
@@ -279,17 +291,6 @@ def find_metrics(results_dir: Path) -> dict[str, list[str]]:
     if RETRAINED in with_accuracy and len(with_accuracy) > 1:
         having[RELATIVE] = with_accuracy
     return {name: having[name] for name in (*METRICS, *sorted(having.keys() - METRICS.keys())) if name in having}
-
-
-def algorithm_names(text: str) -> list[str]:
-    """Names of folders, separated by commas. Raises UserError unless each is one folder's name and none appears twice."""
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise UserError(f'--algorithms: expected names of folders in --results_dir, separated by commas, got "{text}"')
-        if names.count(name) > 1:
-            raise UserError(f"--algorithms: {name} appears twice")
-    return names
 
 
 def _folders(folder: Path) -> list[str]:
@@ -383,21 +384,18 @@ def make_curves(runs: dict[str, list[Run]], metric: Metric, per_epoch: bool = Fa
 
     Per task, a run's value is its best of the task's epochs, and only complete tasks count; with `per_epoch`, every epoch is a point. A
     relative metric subtracts, run by run, the retrained network of the same index, whose own curve is left out.
-    Raises UserError if the runs are of different sizes, so that they have no common axis or no meaningful mean.
+    Raises UserError if the runs are of different sizes or analyses, so that they have no common axis or no meaningful mean.
     """
-    check_sizes(runs)
-    check_analysis(runs)
-    series = {
-        (run.algorithm, run.index): task_bests(run.values, run.sizes.epochs_per_task, metric.best)
-        if metric.per_epoch and not per_epoch
-        else run.values
-        for run in flattened(runs)
-    }
+    check_alike(runs)
+    if metric.per_epoch and not per_epoch:
+        runs = {algorithm: [run.per_task(metric.best) for run in of_algorithm] for algorithm, of_algorithm in runs.items()}
     points = "epochs" if per_epoch else "tasks"
-    full_lengths = {(run.algorithm, run.index): run.sizes.num_epochs if per_epoch else run.sizes.num_tasks for run in flattened(runs)}
-    full_length = max(full_lengths.values(), default=0)
     spacing = 1 if per_epoch else next((run.sizes.classes_per_task for run in flattened(runs)), 1)
     num_hidden = 0 if metric.has_first_task else 1  # points that a run has but that are not drawn
+    retrained = {run.index: run.values for run in runs.get(RETRAINED, [])}
+
+    def full_length(run: Run) -> int:
+        return run.sizes.num_epochs if per_epoch else run.sizes.num_tasks
 
     without_config = [
         f"{algorithm_label(algorithm)} {indices_text(indices)}"
@@ -407,47 +405,43 @@ def make_curves(runs: dict[str, list[Run]], metric: Metric, per_epoch: bool = Fa
     curves = []
     remarks = [f"Taken to be of the paper's sizes, as config_files/ holds none of: {', '.join(without_config)}"] if without_config else []
     short_retrained: dict[int, tuple[int, int]] = {}
-    for algorithm in runs:
-        seeds = {(key, seed) for run in runs[algorithm] for key in SEED_KEYS if (seed := getattr(run.sizes, key)) is not None}
+    for algorithm, of_algorithm in runs.items():
+        label = algorithm_label(algorithm)
+        seeds = {(key, seed) for run in of_algorithm for key in SEED_KEYS if (seed := getattr(run.sizes, key)) is not None}
         for key, seed in sorted(seeds):
-            of_seed = indices_text([run.index for run in runs[algorithm] if getattr(run.sizes, key) == seed])
-            remarks.append(f"{algorithm_label(algorithm)}: {key} {seed} in {of_seed}")
+            of_seed = indices_text([run.index for run in of_algorithm if getattr(run.sizes, key) == seed])
+            remarks.append(f"{label}: {key} {seed} in {of_seed}")
         if metric.is_relative and algorithm == RETRAINED:
             continue
-        label = algorithm_label(algorithm)
-        rows = {index: values for (name, index), values in series.items() if name == algorithm}
-        if metric.is_relative:
-            alone = [index for index in rows if (RETRAINED, index) not in series]
-            if alone:
-                remarks.append(f"{label}: no retrained network of {indices_text(alone)}; left out")
-            rows = {index: values for index, values in rows.items() if index not in alone}
-        empty = [index for index, values in rows.items() if not np.isfinite(values).any()]
+        alone = [run.index for run in of_algorithm if metric.is_relative and run.index not in retrained]
+        if alone:
+            remarks.append(f"{label}: no retrained network of {indices_text(alone)}; left out")
+        empty = [run.index for run in of_algorithm if run.index not in alone and not np.isfinite(run.values).any()]
         if empty:
             remarks.append(f"{label}: {indices_text(empty)} without a complete {points[:-1]} yet; left out")
-        rows = {index: values for index, values in rows.items() if index not in empty}
-        short = {}
-        for index, values in rows.items():
-            count, full = int(np.isfinite(values).sum()) + num_hidden, full_lengths[algorithm, index]
-            if metric.is_relative and len(series[RETRAINED, index]) < count:
-                short_retrained[index] = len(series[RETRAINED, index]), full
+        rows, short = {}, {}
+        for run in of_algorithm:
+            if run.index in (*alone, *empty):
+                continue
+            values, count, full = run.values, int(np.isfinite(run.values).sum()) + num_hidden, full_length(run)
+            reference = retrained[run.index] if metric.is_relative else np.zeros(len(values))
+            if len(reference) < count:
+                short_retrained[run.index] = len(reference), full
             elif count < full:
-                short[index] = count, full
+                short[run.index] = count, full
+            values = values[: len(reference)] - reference[: len(values)]
+            if np.isfinite(values).any():
+                rows[run.index] = values
         if short:
             remarks.append(f"{label}: {_short_text(short, points)}")
-        if metric.is_relative:
-            rows = {index: _difference(values, series[RETRAINED, index]) for index, values in rows.items()}
-            rows = {index: values for index, values in rows.items() if np.isfinite(values).any()}
-        if not rows:
-            continue
-        length = max(len(values) for values in rows.values())
-        values = np.full((len(rows), length), np.nan)
-        for row, of_run in zip(values, rows.values(), strict=True):
-            row[: len(of_run)] = of_run
-        curves.append(Curve(algorithm, tuple(rows), spacing * np.arange(1, length + 1), values))
+        if rows:
+            length = max(map(len, rows.values()))
+            values = np.array([np.pad(row, (0, length - len(row)), constant_values=np.nan) for row in rows.values()])
+            curves.append(Curve(algorithm, tuple(rows), spacing * np.arange(1, length + 1), values))
     if short_retrained:
         remarks.append(f"{algorithm_label(RETRAINED)}: {_short_text(short_retrained, points)}")
-    partners = {index for curve in curves for index in curve.indices} if metric.is_relative else set()
-    return MetricCurves(curves, spacing * np.arange(1, full_length + 1), remarks, len(partners), last_layer_units(runs))
+    axis = spacing * np.arange(1, max(map(full_length, flattened(runs)), default=0) + 1)
+    return MetricCurves(metric, curves, axis, remarks, axis_text(metric, last_layer_units(runs)))
 
 
 def flattened(runs: dict[str, list[Run]]) -> Iterable[Run]:
@@ -455,34 +449,26 @@ def flattened(runs: dict[str, list[Run]]) -> Iterable[Run]:
     return (run for of_algorithm in runs.values() for run in of_algorithm)
 
 
-def check_sizes(runs: dict[str, list[Run]]) -> None:
-    """Raise UserError unless all runs share the axes of a figure, and those of an algorithm all but the number of tasks."""
-    groups = [(key, list(flattened(runs))) for key in ("dataset", "classes_per_task", "epochs_per_task")]
+def check_alike(runs: dict[str, list[Run]]) -> None:
+    """Raise UserError unless all runs share the axes of a figure and an analysis, and those of an algorithm all but the number of tasks."""
+    everything = list(flattened(runs))
+    groups = [(key, everything) for key in ("dataset", "classes_per_task", "epochs_per_task")]
     groups += [(key, of_algorithm) for of_algorithm in runs.values() for key in SIZE_KEYS if key != "num_tasks"]
     for key, group in groups:
         for run in group:
             first, here = getattr(group[0].sizes, key), getattr(run.sizes, key)
             if here != first:
                 raise UserError(
-                    f"runs of different sizes cannot be averaged in one figure: {key} is {first} in {group[0].config_file} and {here} in "
-                    f"{run.config_file}; choose with --algorithms or move runs elsewhere"
+                    f"runs of different sizes cannot be averaged in one figure: {key} is {first} in {group[0].file('config_files')} and "
+                    f"{here} in {run.file('config_files')}; choose with --algorithms or move runs elsewhere"
                 )
-
-
-def check_analysis(runs: dict[str, list[Run]]) -> None:
-    """Raise UserError unless all runs of a figure were analysed with the same settings."""
-    group = list(flattened(runs))
-    for run in group:
-        if run.analysis != group[0].analysis:
+    for run in everything:
+        if run.analysis != everything[0].analysis:
             raise UserError(
-                f"runs analysed with different settings do not belong in one figure: {analysis_text(group[0].analysis)} in "
-                f"{group[0].analysis_file} and {analysis_text(run.analysis)} in {run.analysis_file}; run post_run_analysis.py again"
+                f"runs analysed with different settings do not belong in one figure: {everything[0].analysis} in "
+                f"{everything[0].file('analysis_settings')} and {run.analysis} in {run.file('analysis_settings')}; "
+                "run post_run_analysis.py again"
             )
-
-
-def analysis_text(settings: AnalysisSettings) -> str:
-    """Settings as a message names them."""
-    return ", ".join(f"{key} {value}" for key, value in settings._asdict().items())
 
 
 def last_layer_units(runs: dict[str, list[Run]]) -> str:
@@ -499,11 +485,6 @@ def size_differences(sizes: Config) -> str:
     return ", ".join(
         f"{key} {getattr(sizes, key)} instead of {getattr(paper, key)}" for key in SIZE_KEYS if getattr(sizes, key) != getattr(paper, key)
     )
-
-
-def _difference(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    length = min(len(values), len(reference))
-    return values[:length] - reference[:length]
 
 
 def indices_text(indices: Sequence[int]) -> str:
