@@ -1,13 +1,13 @@
 """What a run's numbers come from besides its settings: date, versions, device and code; and how those of two processes differ."""
 
+import contextlib
 import datetime
-import difflib
 import hashlib
 import importlib.metadata
-import os
 import platform
 import subprocess
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,28 +71,28 @@ def code_difference() -> bytes:
         if len(difference) > LONGEST_DIFFERENCE:
             git.kill()
     too_late.cancel()
-    if git.returncode == 0:
-        difference += new_code()
     if len(difference) > LONGEST_DIFFERENCE:
         return f"# not stored: git diff HEAD is longer than {LONGEST_DIFFERENCE:,} bytes\n".encode()
     if git.returncode < 0:
         return f"# not stored: git diff HEAD took longer than {GIT_SECONDS} s\n".encode()
-    return difference if git.returncode == 0 else b""
+    return difference + new_code() if git.returncode == 0 else b""
 
 
 def new_code() -> bytes:
-    """The Python files here that git neither tracks nor ignores, as a difference that `git apply` takes."""
-    listing = [*GIT, "ls-files", "-z", "--others", "--exclude-standard", "--", "*.py"]
-    try:
-        names = subprocess.run(listing, capture_output=True, timeout=GIT_SECONDS).stdout.split(b"\0")[:-1]
-        contents = [Path(GIT[-1], os.fsdecode(name)).read_bytes() for name in names]
-    except (OSError, subprocess.SubprocessError):
-        return b""
-    parts: list[bytes] = []
-    for name, content in zip(names, contents, strict=True):
-        lines = [line + b"\n" for line in content.removesuffix(b"\n").split(b"\n")]
-        parts += difflib.diff_bytes(difflib.unified_diff, [], lines, b"/dev/null", b"b/" + name)
-    return b"".join(parts)
+    """The Python files here that git neither tracks nor ignores, as a difference; if that is too long or takes too long, a line."""
+    deadline, difference = time.monotonic() + GIT_SECONDS, b""
+
+    def git(*arguments: str | bytes) -> bytes:
+        return subprocess.run([*GIT, *arguments], capture_output=True, timeout=deadline - time.monotonic()).stdout
+
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        for name in git("ls-files", "-z", "--others", "--exclude-standard", "--", "*.py").split(b"\0")[:-1]:
+            difference += git("diff", "--no-index", "--no-color", "--no-ext-diff", "--no-textconv", "--", "/dev/null", name)
+            if len(difference) > LONGEST_DIFFERENCE:
+                break
+        else:
+            return difference
+    return f"# not stored: Python files that git does not know, over {LONGEST_DIFFERENCE:,} bytes or {GIT_SECONDS} s\n".encode()
 
 
 def installed_version(package: str) -> str | None:

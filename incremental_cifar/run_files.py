@@ -25,6 +25,7 @@ import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -194,11 +195,12 @@ class RunFiles:
             self.mark_finished(False)
         paths = [self.array_file("class_order"), *(path for _, path in self.checkpoints())]  # without the first, no run is finished
         paths += self._released_checkpoints()
-        paths += [*(path for _, path in self.models() + self.differences()), *self.folder.glob(f"tracking/index-{self.index}/*.*")]
+        paths += [path for _, path in self.models() + self.differences()]
         paths += [*self._arrays(*ANALYSIS_FOLDERS), self.folder / "analysis_settings" / self.config_file.name, self.progress_file]
         paths += [self.config_file, *self._arrays(*METRIC_FOLDERS)]
         for path in paths:
             path.unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "tracking" / f"index-{self.index}", ignore_errors=True)
 
     def tidy(self, keep: str, num_tasks: int) -> None:
         """Delete of a finished run what is not to be kept: of "all" nothing, of "models" its checkpoints, of "results" its models too.

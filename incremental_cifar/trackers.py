@@ -1,7 +1,4 @@
-"""A run's record in a tracker, where --track asks for one; its package is imported only then. docs/numbers.md tells more.
-
-Another one is a class with the three methods of TensorBoard, which `Tracking` and config.py know by the name of its package.
-"""
+"""A run's record in the tracker that its setting `track` names; docs/numbers.md says what there is to know, and how to add another one."""
 
 import json
 import os
@@ -43,12 +40,13 @@ class WeightsAndBiases:
     def begin(self, folder: Path, key: str, config: dict[str, Any]) -> int:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")  # else it would ask for an account
-        for path in folder.glob(f"wandb/offline-run-*-{key}"):  # what is in these goes into the one begun here
-            shutil.rmtree(path)
+        (folder / "wandb").mkdir(exist_ok=True)  # where that fails, W&B would write elsewhere; without an account, it would ask for one
+        mode = None if os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.login(prompt=False) else "offline"
+        for path in folder.glob(f"wandb/offline-run-*-{key}") if os.environ.get("WANDB_MODE") != "disabled" else ():
+            shutil.rmtree(path)  # what is in these goes into the one begun here
         project, group = os.environ.get("WANDB_PROJECT", "incremental-cifar"), config["experiment_name"]
-        how = {"resume": "allow", "reinit": "create_new", "mode": mode, "settings": wandb.Settings(console="off", finish_timeout=60)}
-        self.run = wandb.init(project=project, group=group, name=f"{group} {config['index']}", id=key, config=config, dir=folder, **how)
+        how = wandb.Settings(run_id=key, resume="allow", reinit="create_new", run_group=group, console="off", quiet=True, finish_timeout=60)
+        self.run = wandb.init(project=project, name=f"{group} {config['index']}", config=config, dir=folder, mode=mode, settings=how)
         return max(self.run.step - 1, 0)  # steps are epochs; offline, there are none yet
 
     def record(self, epoch: int, values: dict[str, float]) -> None:

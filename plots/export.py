@@ -19,7 +19,7 @@ from incremental_cifar.config import NUM_CLASSES, STEPS_PER_WINDOW, Config, User
 from incremental_cifar.safe_files import check_destinations, write_file
 from plots.run_results import read_values, results_parser
 
-ARRAY = re.compile(r"([^.].*)/(class_order|.*_(?:in_order|per_epoch|runtime|per_checkpoint|analysis))/index-(\d+)\.npy")
+ARRAY = re.compile(r"([^.].*)/(class_order|[^.].*_(?:in_order|per_epoch|runtime|per_checkpoint|analysis))/index-(0|[1-9][0-9]{0,8})\.npy")
 
 
 def results_table(results_dir: str | os.PathLike) -> "pandas.DataFrame":  # noqa: F821 (imported below: it takes a second)

@@ -1,5 +1,6 @@
 """How the code differs from its commit: what is stored of that with a run, and when."""
 
+import os
 import subprocess
 import types
 
@@ -40,13 +41,20 @@ def test_the_difference_is_that_of_the_files_here_and_of_new_ones(checkout):
     assert code_difference().endswith(b"--- a/step.py\n+++ b/step.py\n@@ -1 +1 @@\n-one\n+two\n")
     (checkout / "algorithms").mkdir()
     (checkout / "algorithms/mine é.py").write_text("first\n\nlast")  # of no commit yet
+    (checkout / "__init__.py").touch()
+    (checkout / "tab\there.py").write_bytes(b"\xff\r\n")
+    os.symlink("an-editors-lock", checkout / ".#mine.py")
+    names = ("step.py", "algorithms/mine é.py", "__init__.py", "tab\there.py")
+    contents = {name: (checkout / name).read_bytes() for name in names}
     difference = code_difference()
-    assert difference.endswith("+two\n--- /dev/null\n+++ b/algorithms/mine é.py\n@@ -0,0 +1,3 @@\n+first\n+\n+last\n".encode())
-    for name in ("step.py", "algorithms/mine é.py"):
+    for name in (*names, ".#mine.py"):
         (checkout / name).unlink()
     subprocess.run(["git", "checkout", "-q", "step.py"], cwd=checkout, check=True)
     subprocess.run(["git", "apply", "--directory=code"], cwd=checkout.parent, input=difference, check=True)
-    assert (checkout / "step.py").read_text() == "two\n" and (checkout / "algorithms/mine é.py").read_text() == "first\n\nlast\n"
+    assert {name: (checkout / name).read_bytes() for name in names} == contents and os.readlink(checkout / ".#mine.py")
+    (checkout / "long.py").write_text("x\n" * environment.LONGEST_DIFFERENCE)
+    changed, _, new = code_difference().partition(b"+two\n")
+    assert changed and new == b"# not stored: Python files that git does not know, over 1,048,576 bytes or 10 s\n"
     (checkout / "step.py").write_text("two\n" * environment.LONGEST_DIFFERENCE)
     assert code_difference() == b"# not stored: git diff HEAD is longer than 1,048,576 bytes\n"
 

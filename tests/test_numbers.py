@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import os
 import re
 import shutil
 import sys
@@ -23,6 +24,7 @@ from incremental_cifar.config import make_config, overrides_of, read_sizes
 from incremental_cifar.learning_curves import array_lengths
 from incremental_cifar.resnet import BLOCKS_PER_STAGE, build_network
 from incremental_cifar.run_files import RunFiles
+from incremental_cifar.safe_files import write_note
 from incremental_cifar.seeds import draw_class_order, experiment_seed
 from plots import export
 from plots.run_results import make_curves, metric_of, read_runs
@@ -77,8 +79,8 @@ def fakes(monkeypatch):
         runs.append(FakeRun(rows, config, held=rows[-1][0] if rows else 0))
         return runs[-1]
 
-    def wandb_init(id, config, resume, mode, **_):
-        assert resume == "allow" and mode == "offline"
+    def wandb_init(config, mode, settings, **_):
+        assert settings["resume"] == "allow" and mode == (None if os.environ.get("WANDB_MODE") else "offline")
         return begin([], config)
 
     def trackio_init(project, name, config, resume, **_):
@@ -133,10 +135,16 @@ def test_a_record_has_every_epoch_once_whatever_was_killed(name, fakes, tmp_path
     assert record.rows[0][1]["train_loss_per_epoch"] == losses[:2].mean().item()
     assert differing_results(folder, untracked) == []
     key = json.loads((folder / f"tracking/index-0/{name}.json").read_text())["key"]
+    offline = folder / f"tracking/index-0/wandb/offline-run-1-{key}"
+    offline.mkdir(parents=True, exist_ok=True)
     monkeypatch.setattr(FakeRun, "kill_after", 1)
     with pytest.raises(Killed):
         train(tmp_path, "--track", name, "--restart")
-    assert [epoch for epoch, _ in fakes[-1].rows] == [1] and key not in (folder / f"tracking/index-0/{name}.json").read_text()
+    assert (
+        [epoch for epoch, _ in fakes[-1].rows] == [1]
+        and not offline.exists()
+        and key not in (folder / f"tracking/index-0/{name}.json").read_text()
+    )
 
 
 def test_a_tracker_that_fails_says_so_once_and_ends_no_run(fakes, tmp_path, monkeypatch, capsys, untracked):
@@ -156,6 +164,24 @@ def test_a_tracker_that_exits_ends_no_run(fakes, tmp_path, monkeypatch, capsys, 
     assert train(tmp_path, "--track", "wandb") == 0
     assert len(re.findall(r"warning: .*--track wandb: 3; the run goes on without it", capsys.readouterr().err)) == 1
     assert fakes == [] and differing_results(tmp_path / ALGORITHM, untracked) == []
+
+
+def test_of_offline_folders_the_newest_stays_and_disabled_deletes_none(fakes, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / ALGORITHM / "tracking/index-0"
+    write_note(folder / "wandb.json", {"key": "12ab"})
+    for mode, is_there in {"disabled": True, "offline": False}.items():
+        (folder / "wandb/offline-run-1-12ab").mkdir(parents=True, exist_ok=True)
+        (folder / "wandb/offline-run-1-12ac").mkdir(exist_ok=True)
+        monkeypatch.setenv("WANDB_MODE", mode)
+        monkeypatch.setattr(FakeRun, "kill_after", 1)
+        with pytest.raises(Killed):
+            train(tmp_path, "--track", "wandb")
+        assert (folder / "wandb/offline-run-1-12ab").exists() == is_there and (folder / "wandb/offline-run-1-12ac").exists()
+    shutil.rmtree(folder)
+    folder.touch()  # then W&B would write elsewhere
+    monkeypatch.setattr(FakeRun, "kill_after", None)
+    assert train(tmp_path, "--track", "wandb") == 0
+    assert "--track wandb: [Errno 20] Not a directory" in capsys.readouterr().err and len(fakes) == 2
 
 
 def test_trackers_are_checked_before_any_work(tmp_path, monkeypatch, capsys):
@@ -217,13 +243,17 @@ def test_the_table_has_every_value_of_every_array(tmp_path, rng):
     files.save_config(config, {})
     for metric, length in array_lengths(config.steps_before(NUM_EPOCHS), NUM_EPOCHS).items():
         files.save_array(metric, rng.random(length, dtype=np.float32))
+    for odd in (folder / ".hidden_per_epoch", tmp_path / ".hidden" / "a_per_epoch"):
+        odd.mkdir(parents=True)
+        np.save(odd / "index-0.npy", np.zeros(12))
+    np.save(folder / "class_order" / "index-00.npy", np.arange(100))
     files.save_array("units_reset_per_epoch", np.float32([np.nan] * 5 + [3] * 7))  # begun in mid-run
     files.save_array("next_task_dormant_units_analysis", np.float32([0, 0.25, np.nan]))
     assert run_script(export.main, ["--results_dir", str(tmp_path), "--output", str(tmp_path / "all.csv")]) == 0
     table = export.results_table(tmp_path)
     assert list(table) == ["algorithm", "index", "metric", "task", "number_of_classes", "epoch", "value"]
     pandas.testing.assert_frame_equal(pandas.read_csv(tmp_path / "all.csv"), table, check_dtype=False)
-    arrays = {path.parent.name: np.load(path) for path in folder.glob("*/index-0.npy")}
+    arrays = {path.parent.name: np.load(path) for path in folder.glob("[!.]*/index-0.npy")}
     assert set(table.metric) == set(arrays)
     for metric, array in arrays.items():
         assert np.array_equal(table[table.metric == metric].value, array, equal_nan=True)
