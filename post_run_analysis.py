@@ -112,10 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_arithmetic("fp32", deterministic=True)  # no TF32: full precision on a GPU too
 
     folder = Path(parsed.results_dir)
-    runs = [
-        find_run(folder, index, parsed.dormant_unit_threshold, parsed.batch_norm)
-        for index in choose_indices(folder, parsed.experiment_index)
-    ]
+    indices = choose_indices(folder, parsed.experiment_index)
+    runs = [find_run(folder, index, parsed.dormant_unit_threshold, parsed.batch_norm) for index in indices]
     work = []  # of each run: its results so far, the tasks to analyse, whether anything is to be written
     for run in runs:
         results = load_results(run, parsed.overwrite)
@@ -212,22 +210,20 @@ def choose_indices(folder: Path, wanted: str | None) -> list[int]:
             )
         return wanted_indices
     finished = finished_indices(folder)
-    with_models = [index for index in finished if index in stored_indices]
-    if without_models := sorted(set(finished) - set(with_models)):
-        what = (
-            f"{RunFiles(folder, 0).indices_file}: names index {_listed(without_models)} as finished, but model_parameters/ holds no "
-            f"index-{without_models[0]}_epoch-*.pt"
-        )
-        if not with_models:
-            raise UserError(
-                f"{what}; restore the models, or name the runs to analyse, as in --experiment-index {_listed(stored_indices[:1])}"
-            )
-        warn(f"{what}; the others are analysed")
     if not finished:
         raise UserError(
             f"{folder}: no run is listed as finished; there are models of {_listed(stored_indices)}; name them, to analyse what is "
             f"there, as in --experiment-index {stored_indices[0]}"
         )
+    with_models = [index for index in finished if index in stored_indices]
+    if without_models := [index for index in finished if index not in stored_indices]:
+        what = (
+            f"{RunFiles(folder, 0).indices_file}: names index {_listed(without_models)} as finished, but model_parameters/ holds no "
+            f"index-{without_models[0]}_epoch-*.pt"
+        )
+        if not with_models:
+            raise UserError(f"{what}; restore the models, or name the runs to analyse, as in --experiment-index {stored_indices[0]}")
+        warn(f"{what}; the others are analysed")
     return with_models
 
 
@@ -404,12 +400,7 @@ def _shape(value: object) -> str:
 
 @torch.no_grad()
 def analyse_run(
-    run: Run,
-    results: dict[str, np.ndarray],
-    tasks: Sequence[int],
-    train_set: ImageSet,
-    test_set: ImageSet,
-    progress: tqdm,
+    run: Run, results: dict[str, np.ndarray], tasks: Sequence[int], train_set: ImageSet, test_set: ImageSet, progress: tqdm
 ) -> None:
     """Fill in what is missing in the results of a run for these tasks: see `load_results` and `missing_metrics`.
 
