@@ -251,7 +251,11 @@ class Bench:
         default = run.config.fold_batch_norm
         runs = {default: run, not default: self.new_run(self.typical, fold_batch_norm=not default)}
         variants = {("training", classes): functools.partial(run.train, classes) for classes in num_classes}
-        variants |= {(is_folded, n): functools.partial(runs[is_folded].evaluate, n) for n in num_classes for is_folded in (False, True)}
+        variants |= {
+            (is_folded, classes): functools.partial(runs[is_folded].evaluate, classes)
+            for classes in num_classes
+            for is_folded in (False, True)
+        }
         times = self.fastest(variants)
         longer = IMAGES_PER_CLASS / run.config.train_images_per_class  # so many times, an epoch of a run
         training = {classes: longer * times["training", classes] for classes in num_classes}
