@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import datetime
 import functools
-import json
 import os
 import platform
 import resource
@@ -35,9 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from incremental_cifar.augmentation import augmented, draw_transformations
+from incremental_cifar.cifar100 import ImageSets
 from incremental_cifar.command_line import OneLineArgumentParser, run_script, warn
-from incremental_cifar.config import REPOSITORY, UserError, load_config
-from incremental_cifar.cuda_graphs import CaptureError, Recorded, has_graphs
+from incremental_cifar.config import REPOSITORY, UserError, load_config, make_config, read_json
+from incremental_cifar.cuda_graphs import CaptureError, Recorded
 from incremental_cifar.learner import user_errors
 from incremental_cifar.resnet import build_network
 from incremental_cifar.training import (
@@ -77,13 +77,13 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 class BareLoop:
     """Forward, loss, backward and SGD on one fixed batch: what PyTorch itself needs for this network."""
 
-    def __init__(self, width: int, batch_size: int, precision: str, device: torch.device, has_graphs: bool):
+    def __init__(self, width: int, batch_size: int, precision: str, device: torch.device):
         self.network = build_network(0, width).to(device, memory_format=torch.channels_last)
         self.images, self.labels, _ = example_batch(batch_size, device)
         self.images.normal_(generator=torch.Generator(device).manual_seed(0))
         self.precision = precision
         self.remark = ""
-        if not has_graphs:
+        if not is_gpu(device):
             self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.01, momentum=0.9, weight_decay=0.0005)
             return
         self.optimizer = make_optimizer(self.network, 0.01, 0.9, 0.0005)
@@ -113,14 +113,13 @@ class BareLoop:
 class BenchedRun:
     """A run of the experiment in a temporary folder, whose epochs are timed one by one."""
 
-    def __init__(self, held: contextlib.ExitStack, path: Path, index: int, settings: dict[str, object], images_of: "BenchedRun | None"):
+    def __init__(self, held: contextlib.ExitStack, path: Path, index: int, settings: dict[str, object], images: ImageSets | None):
         # The paper's rate, but mature at once: every unit is a candidate from the start, and resets are as frequent as in a long run.
         always = {"dataset": "synthetic", "results_dir": held.enter_context(tempfile.TemporaryDirectory()), "maturity_threshold": 1}
-        overrides = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in (always | settings).items()]
-        config = load_config(path, overrides)
+        config = make_config(read_json(path) | always | settings, source=str(path), experiment_name=path.stem)
         folder = os.path.join(config.results_dir, config.experiment_name)
-        self.experiment = IncrementalCIFARExperiment(config.to_dict(), folder, index, verbose=False)
-        self.experiment.prepare(held, images=images_of.experiment.images if images_of is not None else None)
+        self.experiment = IncrementalCIFARExperiment(config, folder, index, verbose=False)
+        self.experiment.prepare(held, images)
         self.device, self.config = self.experiment.device, self.experiment.config
         self.batch = example_batch(self.config.batch_size, self.device)
 
@@ -129,7 +128,7 @@ class BenchedRun:
         """What to say beside this run's numbers: which of its steps were to be replayed from a CUDA graph and are not."""
         run = self.experiment.learner
         steps = {"step": run.training_step, "evaluation": run.evaluation_step}
-        failed = [name for name, step in steps.items() if has_graphs(self.device) and self.config.cuda_graphs and step.recorded is None]
+        failed = [name for name, step in steps.items() if is_gpu(self.device) and self.config.cuda_graphs and step.recorded is None]
         return f" ({' and '.join(failed)} not recorded)" if failed else ""
 
     def num_steps(self, num_classes: int) -> int:
@@ -171,30 +170,29 @@ class BenchedRun:
 
 
 class Bench:
-    """All measurements of one precision on one device. A table is its header and its rows."""
+    """All measurements of one precision on one device, as rows of tables that have this precision in a column before them."""
 
     def __init__(self, held: contextlib.ExitStack, device: torch.device, precision: str, parsed: argparse.Namespace):
-        self.held, self.device, self.precision = held, device, precision
+        self.held, self.device = held, device
         self.is_gpu = is_gpu(device)
-        self.batch_size, self.turns = parsed.batch_size, parsed.turns or 5
+        self.batch_size, self.turns = parsed.batch_size, parsed.turns
         # The epochs whose steps are timed have 100 steps on a GPU. On a CPU they have one, so that variants take turns every second.
         self.classes = parsed.classes or (20 if self.is_gpu else 1)
-        self.images_per_class = IMAGES_PER_CLASS if self.is_gpu else min(parsed.batch_size, IMAGES_PER_CLASS)
         self.settings = {
             "device": str(device),
             "precision": precision,
             "network_width": parsed.width,
             "batch_size": parsed.batch_size,
-            "train_images_per_class": self.images_per_class,
+            "train_images_per_class": IMAGES_PER_CLASS if self.is_gpu else min(parsed.batch_size, IMAGES_PER_CLASS),
             "compile_network": False,  # takes its time for every run: see `compiled_steps`
         }
-        self.configs = {config.experiment_name: path for path, config in parsed.configs.items()}
-        self.first: BenchedRun | None = None
+        self.configs = parsed.configs
+        self.images: ImageSets | None = None  # all runs share the first one's
         base = self.new_run()
         base.train(self.classes)
         base.evaluate(self.classes)
         self.peak_memory = peak_memory(device)  # of one run, before there are others
-        bare = BareLoop(parsed.width, parsed.batch_size, precision, device, has_graphs(device))
+        bare = BareLoop(parsed.width, parsed.batch_size, precision, device)
         self.variants: dict[str, BareLoop | BenchedRun] = {BARE: bare, BASE: base}
         self.variants |= {algorithm: self.new_run(algorithm) for algorithm in self.configs if algorithm != BASE}
         self.typical = CONTINUAL if CONTINUAL in self.variants else BASE  # whose epochs are timed
@@ -204,8 +202,8 @@ class Bench:
             set_arithmetic(precision, deterministic=True)
 
     def new_run(self, algorithm: str = BASE, index: int = 0, **settings: object) -> BenchedRun:
-        run = BenchedRun(self.held, self.configs[algorithm], index, self.settings | settings, self.first)
-        self.first = self.first or run
+        run = BenchedRun(self.held, self.configs[algorithm], index, self.settings | settings, self.images)
+        self.images = run.experiment.images
         return run
 
     def fastest(self, variants: dict[Hashable, Callable[[], object]]) -> dict[Hashable, float]:
@@ -220,10 +218,11 @@ class Bench:
 
     def steps(self, names: Sequence[str]) -> list[list[str]]:
         """Rows of the table of training steps."""
-        num_steps = self.first.num_steps(self.classes)
+        base = self.variants[BASE]
+        num_steps = base.num_steps(self.classes)
         epochs = {name: functools.partial(self.variants[name].train, self.classes) for name in names if name != BARE}
         times = self.fastest({BARE: functools.partial(self.variants[BARE].learn, num_steps)} | epochs)
-        data = self.seconds_of(self.first.transform) / STEPS_PER_CHUNK[self.device.type]
+        data = self.seconds_of(base.transform) / STEPS_PER_CHUNK[self.device.type]
         rows = []
         for name, value in times.items():
             run, step = self.variants[name], value / num_steps
@@ -233,7 +232,7 @@ class Bench:
                 reset = step - times[BASE] / num_steps if self.is_gpu else self.seconds_of(run.reset)
                 parts = [f"{1000 * part:.2f}" for part in (data, step - data - reset, reset)]
             over = [f"{value / times[to]:.3f}" for to in (BARE, BASE)]
-            rows.append([self.precision, name + run.remark, f"{1000 * step:.2f}", f"{self.batch_size / step:,.0f}", *parts, *over])
+            rows.append([name + run.remark, f"{1000 * step:.2f}", f"{self.batch_size / step:,.0f}", *parts, *over])
         return rows
 
     def compiled_steps(self) -> list[list[str]]:
@@ -258,23 +257,20 @@ class Bench:
             for is_folded in (False, True)
         }
         times = self.fastest(variants)
-        training = {classes: IMAGES_PER_CLASS / self.images_per_class * times["training", classes] for classes in num_classes}
+        longer = IMAGES_PER_CLASS / run.config.train_images_per_class  # so many times, an epoch of a run
+        training = {classes: longer * times["training", classes] for classes in num_classes}
         evaluation = {classes: times[default, classes] for classes in num_classes}
         epochs, evaluations = [], []
         for classes in num_classes:
             what = f"{classes} class{'es' * (classes > 1)}"
+            epochs.append((f"epoch of {what}{run.remark}", training[classes], evaluation[classes], "{:.3f} s".format))
             plain, folded = times[False, classes], times[True, classes]
-            share = f"{100 * evaluation[classes] / (training[classes] + evaluation[classes]):.1f} %"
-            epochs.append(
-                [self.precision, f"epoch of {what}{run.remark}", f"{training[classes]:.3f} s", f"{evaluation[classes]:.3f} s", share]
-            )
             remark = runs[False].remark or runs[True].remark
-            evaluations.append([self.precision, what + remark, f"{plain:.3f} s", f"{folded:.3f} s", f"{plain / folded:.2f}"])
+            evaluations.append([what + remark, f"{plain:.3f} s", f"{folded:.3f} s", f"{plain / folded:.2f}"])
         totals = [EPOCHS_PER_TASK * sum(at(values, classes) for classes in NUM_CLASSES_OF_TASKS) for values in (training, evaluation)]
-        share = f"{100 * totals[1] / sum(totals):.1f} %"
-        projected = f"4,000 epochs (projected): {duration(sum(totals))}"
-        epochs.append([self.precision, projected, duration(totals[0]), duration(totals[1]), share])
-        return epochs, evaluations, training
+        epochs.append((f"4,000 epochs (projected): {duration(sum(totals))}", *totals, duration))
+        rows = [[what, text(train), text(test), f"{100 * test / (train + test):.1f} %"] for what, train, test, text in epochs]
+        return rows, evaluations, training
 
     def side_by_side(self) -> list[list[str]]:
         """Rows of the table of several runs at once on a GPU, in threads on streams of their own, as `--experiment-index 0-3` runs them."""
@@ -291,10 +287,9 @@ class Bench:
                 list(threads.map(train, runs[:count], streams[:count]))  # raises what they raise
 
         times = self.fastest({count: functools.partial(train_together, count) for count in reversed(RUNS_SIDE_BY_SIDE)})
-        images = self.first.num_steps(self.classes) * self.batch_size
+        images = runs[0].num_steps(self.classes) * self.batch_size
         return [
             [
-                self.precision,
                 f"{count} run{'s' * (count > 1)}{runs[count - 1].remark}",
                 f"{images * count / times[count]:,.0f}",
                 f"{count * times[1] / times[count]:.2f}",
@@ -315,12 +310,11 @@ class Bench:
             seconds(functools.partial(variant.learn, steps), self.device)
         seen = {}
         for event in profiler.key_averages():
-            if self.is_gpu:  # not those who launch: they would count twice
-                is_counted, spent = event.device_type == torch.autograd.DeviceType.CUDA, event.self_device_time_total  # microseconds
-            else:
-                is_counted, spent = event.key.startswith("aten::"), event.self_cpu_time_total
+            # On a GPU not those who launch: they would count twice.
+            is_counted = event.device_type == torch.autograd.DeviceType.CUDA if self.is_gpu else event.key.startswith("aten::")
+            microseconds = event.self_device_time_total if self.is_gpu else event.self_cpu_time_total
             if is_counted and not event.is_user_annotation:
-                seen[event.key] = event.count / steps, spent / 1000 / steps
+                seen[event.key] = event.count / steps, microseconds / 1000 / steps
         return seen
 
     def counts(self) -> tuple[list[list[str]], list[list[str]]]:
@@ -328,13 +322,13 @@ class Bench:
         rows = []
         for name, variant in self.variants.items():
             seen = self.operations(variant)
-            rows.append([self.precision, name + variant.remark, f"{sum(number for number, _ in seen.values()):,.0f}"])
+            rows.append([name + variant.remark, f"{sum(number for number, _ in seen.values()):,.0f}"])
             if name == self.typical:
                 times = {key: milliseconds for key, (_, milliseconds) in seen.items()}
         if not times:
             warn("the profiler saw no kernels; it may lack the permission to")
         shown = sorted(times, key=times.__getitem__, reverse=True)[:10]
-        return rows, [[self.precision, key[:90], f"{times[key]:.3f}", f"{100 * times[key] / sum(times.values()):.1f} %"] for key in shown]
+        return rows, [[key[:90], f"{times[key]:.3f}", f"{100 * times[key] / sum(times.values()):.1f} %"] for key in shown]
 
 
 def at(measured: dict[int, float], num_classes: int) -> float:
@@ -367,11 +361,11 @@ print(float(experiment.results_dict["epoch_runtime"][1]))
 """
 
 
-def time_released(checkout: Path, data_path: Path, algorithm: str, num_classes: int) -> float:
-    """Seconds of training in an epoch of the released code on so many classes. Raises UserError if it fails."""
-    settings = json.loads((REPOSITORY / "cfg" / f"{algorithm}.json").read_text())
+def time_released(checkout: Path, data_path: Path, num_classes: int) -> float:
+    """Seconds of training in an epoch of the released code's continual backpropagation on so many classes. Raises UserError if it fails."""
+    settings = (REPOSITORY / "cfg" / f"{CONTINUAL}.json").read_text()
     with tempfile.TemporaryDirectory() as results_dir:
-        driver_arguments = [str(checkout), str(data_path), results_dir, str(num_classes), json.dumps(settings)]
+        driver_arguments = [str(checkout), str(data_path), results_dir, str(num_classes), settings]
         finished = subprocess.run([sys.executable, "-c", RELEASED_DRIVER, *driver_arguments], capture_output=True, text=True)
     try:
         return float(finished.stdout.strip().splitlines()[-1])
@@ -392,16 +386,10 @@ def check_released(checkout: Path) -> None:
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns line up in a terminal too; numbers to the right."""
     header, *rows = ([cell.replace("|", "\\|") for cell in row] for row in (header, *rows))
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "| " + " | ".join(padded) + " |"
-
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * width if column < 2 else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    return "\n".join([line(header), line(rule), *map(line, rows)])
+    forms = [f"{'<' if column < 2 else '>'}{width}" for column, width in enumerate(widths)]
+    return "\n".join(f"| {' | '.join(map(format, row, forms))} |" for row in (header, rule, *rows))
 
 
 def describe_machine(device: torch.device) -> str:
@@ -423,15 +411,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     parser.add_argument("--width", type=int, default=64, help="network_width (default 64, the paper's)")
     parser.add_argument("--batch-size", type=int, default=90, help="images per step (default 90)")
-    parser.add_argument("--classes", type=int, default=None, help="classes of the epochs whose steps are timed (default 1 on a CPU, 20)")
-    parser.add_argument("--turns", type=int, default=None, help="turns of each variant (default 5)")
+    parser.add_argument("--classes", type=int, help="classes of the epochs whose steps are timed (default 1 on a CPU, 20)")
+    parser.add_argument("--turns", type=int, default=5, help="turns of each variant (default 5)")
     parser.add_argument("--compile", action="store_true", help="add a table with compile_network=true; compiling takes a minute")
     parser.add_argument("--profile", action="store_true", help="add a table of what a step's time goes into")
     parser.add_argument("--released", type=Path, metavar="PATH", help="a checkout of the released code, to time its training loop too")
     parser.add_argument("--data-path", type=Path, default=REPOSITORY / "data", help="CIFAR-100 for the released code (default data/)")
-    parser.add_argument(
-        "--precisions", nargs="+", default=None, choices=("fp32", "tf32", "bf16"), help="default: fp32 (CPU) or tf32, and bf16"
-    )
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "tf32", "bf16"), help="default: fp32 (CPU) or tf32, and bf16")
     parsed = parser.parse_args(arguments)
     for name, least, most in (("width", 1, 1024), ("batch_size", 1, 45_000), ("classes", 1, 100), ("turns", 1, 1000)):
         value = getattr(parsed, name)
@@ -441,15 +427,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         check_released(parsed.released)
     base = REPOSITORY / "cfg" / f"{BASE}.json"
     files = sorted(base.parent.glob("*.json")) if parsed.configs is None else parsed.configs
-    parsed.configs = {path: load_config(path) for path in (base, *(path for path in files if path.resolve() != base))}
-    names = [config.experiment_name for config in parsed.configs.values()]
-    if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"--configs: the experiment_name {repeated} appears twice")
+    parsed.configs = {}  # their paths by name
+    for path in (base, *(path for path in files if path.resolve() != base)):
+        name = load_config(path).experiment_name
+        if parsed.configs.setdefault(name, path) != path:
+            raise UserError(f"--configs: the experiment_name {name} appears twice")
     return parsed
-
-
-def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    print(markdown_table(("precision", *header), rows) + "\n", flush=True)
 
 
 def measure(device: torch.device, precision: str, parsed: argparse.Namespace) -> None:
@@ -457,9 +440,13 @@ def measure(device: torch.device, precision: str, parsed: argparse.Namespace) ->
     released_classes = 100 if is_gpu(device) else 5
     is_released = parsed.released is not None and precision != "bf16"  # the released code has no bf16
     if is_released:  # first of all, so that nothing else is lost if it fails
-        released = time_released(parsed.released, parsed.data_path, CONTINUAL, released_classes)
+        released = time_released(parsed.released, parsed.data_path, released_classes)
     with user_errors(), contextlib.ExitStack() as held:
         bench = Bench(held, device, precision, parsed)
+
+        def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+            print(markdown_table(("precision", *header), [(precision, *row) for row in rows]) + "\n", flush=True)
+
         print(f"{describe_machine(device)}; width {parsed.width}, batch {parsed.batch_size}, {precision}: {bench.peak_memory}\n")
         step_header = ("variant", "ms/step", "images/s", "data ms", "network ms", "reset ms", "over bare", "over base")
         show(step_header, bench.steps(list(bench.variants)))
@@ -468,7 +455,7 @@ def measure(device: torch.device, precision: str, parsed: argparse.Namespace) ->
         show(("evaluation of", "plain", "batch norm folded", "times faster"), evaluations)
         if is_released:
             ours = at(training, released_classes)
-            row = [precision, f"{released_classes} classes", f"{released:.2f} s", f"{ours:.2f} s", f"{released / ours:.1f}"]
+            row = [f"{released_classes} classes", f"{released:.2f} s", f"{ours:.2f} s", f"{released / ours:.1f}"]
             show(("an epoch's training", "released code", "here", "times faster"), [row])
         if bench.is_gpu:
             show(("side by side", "images/s", "over one run"), bench.side_by_side())

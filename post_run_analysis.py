@@ -50,7 +50,7 @@ from incremental_cifar.learner import network_of
 from incremental_cifar.learning_curves import STEPS_PER_WINDOW
 from incremental_cifar.resnet import ResNet18
 from incremental_cifar.run_files import RunFiles, array_bytes
-from incremental_cifar.safe_files import check_destinations, write_file
+from incremental_cifar.safe_files import check_destinations, read_note, write_file
 from incremental_cifar.seeds import Purpose, draw_class_order, experiment_seed, generator_for
 from incremental_cifar.training import choose_device, set_arithmetic
 from incremental_cifar.unit_metrics import (
@@ -112,37 +112,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_arithmetic("fp32", deterministic=True)  # no TF32: full precision on a GPU too
 
     folder = Path(parsed.results_dir)
-    runs = [
-        find_run(folder, index, parsed.dormant_unit_threshold, parsed.batch_norm)
-        for index in choose_indices(folder, parsed.experiment_index)
-    ]
-    results = [load_results(run, parsed.overwrite) for run in runs]
-    missing = [missing_tasks(run, stored) for run, stored in zip(runs, results, strict=True)]
-    is_changed = [bool(tasks) for tasks in missing]
-    for number, (run, stored) in enumerate(zip(runs, results, strict=True)):
-        accuracies = online_accuracies(run, stored[ONLINE_ACCURACY])
-        is_changed[number] |= not np.array_equal(accuracies, stored[ONLINE_ACCURACY], equal_nan=True)
-        stored[ONLINE_ACCURACY] = accuracies
-        if is_changed[number]:
-            check_destinations(settings_file(run.files), *map(run.files.array_file, stored))
+    indices = choose_indices(folder, parsed.experiment_index)
+    runs = [find_run(folder, index, parsed.dormant_unit_threshold, parsed.batch_norm) for index in indices]
+    work = []  # of each run: its results so far, the tasks to analyse, whether anything is to be written
+    for run in runs:
+        results = load_results(run, parsed.overwrite)
+        tasks = [task for task in run.tasks_here if missing_metrics(run, results, task)]
+        accuracies = online_accuracies(run, results[ONLINE_ACCURACY])
+        is_changed = bool(tasks) or not np.array_equal(accuracies, results[ONLINE_ACCURACY], equal_nan=True)
+        results[ONLINE_ACCURACY] = accuracies
+        if is_changed:
+            check_destinations(settings_file(run.files), *map(run.files.array_file, results))
+        work.append((run, results, tasks, is_changed))
     load_images_once = functools.lru_cache(maxsize=1)(load_images)  # the runs of an experiment share them
-    bar = tqdm(total=sum(map(len, missing)), desc="models", unit="", leave=False, disable=None, dynamic_ncols=True)
+    num_models = sum(len(tasks) for _, _, tasks, _ in work)
+    bar = tqdm(total=num_models, desc="models", unit="", leave=False, disable=None, dynamic_ncols=True)
     with bar as progress, contextlib.ExitStack() as held:
-        for run, changed in zip(runs, is_changed, strict=True):
-            if changed and run.has_final_network:  # a run in progress holds its lock itself
+        for run, _, _, is_changed in work:
+            if is_changed and run.has_final_network:  # a run in progress holds its lock itself
                 held.enter_context(run.files.locked())
-        for run, stored, tasks, changed in zip(runs, results, missing, is_changed, strict=True):
+        for run, results, tasks, is_changed in work:
             if tasks:
                 sizes = run.sizes
                 train_images_per_class = sizes.validation_images_per_class + sizes.train_images_per_class
                 data_path = parsed.data_path or (sizes.data_path if os.path.isdir(sizes.data_path) else str(REPOSITORY / "data"))
                 images = load_images_once(sizes.dataset, data_path, train_images_per_class, sizes.test_images_per_class)
-                train_set, test_set = (ImageSet(split, device) for split in images)
-                analyse_run(run, stored, tasks, train_set, test_set, parsed.dormant_unit_threshold, parsed.batch_norm, progress)
-            if changed:
-                save_results(run, stored)
+                analyse_run(run, results, tasks, *(ImageSet(split, device) for split in images), progress)
+            if is_changed:
+                save_results(run, results)
             done = "analysed" if tasks else "analysed before with these settings (--overwrite does it again)"
-            tqdm.write(describe_results(run, stored, done))
+            tqdm.write(describe_results(run, results, done))
     return 0
 
 
@@ -200,14 +199,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def choose_indices(folder: Path, wanted: str | None) -> list[int]:
     """The indices asked for, or those of all finished runs in the folder. Raises UserError if there is nothing to analyse."""
     wanted_indices = None if wanted is None else parse_indices(wanted)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; --results_dir is the folder of one experiment, as in results/base_deep_learning_system")
     stored_indices = sorted(stored_models(folder))
     if not stored_indices:
-        raise UserError(
-            f"{folder}: no stored models in model_parameters/; --results_dir is the folder of one experiment, as in "
-            "results/base_deep_learning_system"
-        )
+        what = "no stored models in model_parameters/" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: {what}; --results_dir is the folder of one experiment, as in results/base_deep_learning_system")
     if wanted_indices is not None:
         if missing := [index for index in wanted_indices if index not in stored_indices]:
             raise UserError(
@@ -215,22 +210,20 @@ def choose_indices(folder: Path, wanted: str | None) -> list[int]:
             )
         return wanted_indices
     finished = finished_indices(folder)
-    with_models = [index for index in finished if index in stored_indices]
-    if without_models := sorted(set(finished) - set(with_models)):
-        what = (
-            f"{RunFiles(folder, 0).indices_file}: names index {_listed(without_models)} as finished, but model_parameters/ holds no "
-            f"index-{without_models[0]}_epoch-*.pt"
-        )
-        if not with_models:
-            raise UserError(
-                f"{what}; restore the models, or name the runs to analyse, as in --experiment-index {_listed(stored_indices[:1])}"
-            )
-        warn(f"{what}; the others are analysed")
     if not finished:
         raise UserError(
             f"{folder}: no run is listed as finished; there are models of {_listed(stored_indices)}; name them, to analyse what is "
             f"there, as in --experiment-index {stored_indices[0]}"
         )
+    with_models = [index for index in finished if index in stored_indices]
+    if without_models := [index for index in finished if index not in stored_indices]:
+        what = (
+            f"{RunFiles(folder, 0).indices_file}: names index {_listed(without_models)} as finished, but model_parameters/ holds no "
+            f"index-{without_models[0]}_epoch-*.pt"
+        )
+        if not with_models:
+            raise UserError(f"{what}; restore the models, or name the runs to analyse, as in --experiment-index {stored_indices[0]}")
+        warn(f"{what}; the others are analysed")
     return with_models
 
 
@@ -269,7 +262,7 @@ def find_run(folder: Path, index: int, dormant_unit_threshold: float, batch_norm
     experiment_seed(index)  # raises for an index that cannot be
     sizes, stored_keys = read_sizes(files.config_file)
     is_finished = index in finished_indices(folder)
-    class_order = load_class_order(files, is_finished)
+    class_order = load_class_order(files, sizes, is_finished)
 
     epochs = stored_models(folder).get(index, set())
     expected = [task * sizes.epochs_per_task for task in range(sizes.num_tasks + 1)]
@@ -277,7 +270,7 @@ def find_run(folder: Path, index: int, dormant_unit_threshold: float, batch_norm
         source = "is not there, so the paper's sizes hold" if not files.config_file.is_file() else "says"
         raise UserError(
             f"{files.model_file(unexpected[0])}: a model of epoch {unexpected[0]} cannot be in a run of {sizes.num_tasks} tasks of "
-            f"{sizes.epochs_per_task} epochs, as {files.config_file.parent.name}/{files.config_file.name} {source}"
+            f"{sizes.epochs_per_task} epochs, as config_files/{files.config_file.name} {source}"
         )
     last = expected[-1] if is_finished else max(epochs)
     digests = [model_digest(files.model_file(epoch)) if epoch in epochs else None for epoch in expected if epoch <= last]
@@ -298,21 +291,20 @@ def find_run(folder: Path, index: int, dormant_unit_threshold: float, batch_norm
     return Run(files, sizes, class_order, tasks_here, settings, digests)
 
 
-def load_class_order(files: RunFiles, is_finished: bool) -> np.ndarray:
+def load_class_order(files: RunFiles, sizes: Config, is_finished: bool) -> np.ndarray:
     """The order in which a run met the classes: (100,) int64. Raises UserError if the file is not such an order.
 
     The released code stores it when a run ends; of a run in progress without it, the order is what its seed says.
     """
     path = files.array_file("class_order")
     if not is_finished and not path.exists():
-        seed = read_sizes(files.config_file)[0].class_order_seed
-        return draw_class_order(experiment_seed(files.index) if seed is None else seed)
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: the class order of this run is not a file")
+        return draw_class_order(experiment_seed(files.index) if sizes.class_order_seed is None else sizes.class_order_seed)
     try:
-        class_order = np.load(path, allow_pickle=False)
-    except Exception as error:  # np.load raises many kinds, depending on where a file is damaged
-        reason = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({type(error).__name__})"
+        class_order = _load_array(path)
+    except Exception as error:
+        reason = f"cannot be read ({type(error).__name__})"
+        if isinstance(error, FileNotFoundError):
+            reason = "is not a file" if path.exists() else "is not there"
         raise UserError(f"{path}: the class order of this run {reason}") from None
     is_numeric = isinstance(class_order, np.ndarray) and class_order.dtype.kind in "iuf"
     if not is_numeric or not np.array_equal(np.sort(class_order, axis=None), np.arange(NUM_CLASSES)) or class_order.ndim != 1:
@@ -320,18 +312,21 @@ def load_class_order(files: RunFiles, is_finished: bool) -> np.ndarray:
     return class_order.astype(np.int64)
 
 
+def _load_array(path: Path) -> np.ndarray:
+    """An array in a file; np.load raises many kinds of exceptions, depending on where a file is damaged."""
+    if not path.is_file():  # a pipe, say, would keep its reader waiting
+        raise FileNotFoundError(path)
+    return np.load(path, allow_pickle=False)
+
+
 def model_digest(path: Path) -> str:
     """SHA-256 of a model's file. Raises UserError if it cannot be read."""
     if not path.is_file():
         raise UserError(f"{path}: this model is not a file")
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise UserError(f"{path}: this model cannot be read ({error.strerror})") from None
-    return digest.hexdigest()
 
 
 def load_model(path: Path, network: ResNet18) -> ResNet18:
@@ -405,22 +400,14 @@ def _shape(value: object) -> str:
 
 @torch.no_grad()
 def analyse_run(
-    run: Run,
-    results: dict[str, np.ndarray],
-    tasks: Sequence[int],
-    train_set: ImageSet,
-    test_set: ImageSet,
-    dormant_unit_threshold: float,
-    batch_norm: str,
-    progress: tqdm,
+    run: Run, results: dict[str, np.ndarray], tasks: Sequence[int], train_set: ImageSet, test_set: ImageSet, progress: tqdm
 ) -> None:
-    """Fill in what is missing in the results of a run for these tasks: see `no_results` and `missing_tasks`.
+    """Fill in what is missing in the results of a run for these tasks: see `load_results` and `missing_metrics`.
 
     train_set, test_set: the images of all classes, on the device of the analysis. The images shown to a network are drawn from a generator
     of the run's seed and the task: the same for every algorithm, and every time. Raises UserError if a model cannot be used.
     """
-    sizes = run.sizes
-    random_seed = experiment_seed(run.files.index)
+    sizes, threshold, batch_norm = run.sizes, run.settings["dormant_unit_threshold"], run.settings["batch_norm"]
     network, initial = network_of(sizes).to(train_set.device, memory_format=torch.channels_last), None
     if 0 in run.tasks_here:
         load_model(run.files.model_file(0), network)
@@ -438,11 +425,11 @@ def analyse_run(
             values[DISTANCE] = two_norm(now - then for now, then in zip(network.parameters(), initial, strict=True))
         num_previous = sizes.classes_per_task * task
         seen = run.class_order[: sizes.num_classes_seen(task)]
-        generator = generator_for(random_seed, Purpose.ANALYSIS, task)
+        generator = generator_for(experiment_seed(run.files.index), Purpose.ANALYSIS, task)
         for shown, classes in (("next_task", seen[num_previous:]), ("previous_tasks", seen[:num_previous])):
             images, labels = draw_images(train_set, classes, generator)
             if not missing.isdisjoint(UNIT_METRICS[shown]):
-                measures = unit_measures(network, images, dormant_unit_threshold, batch_norm, path)
+                measures = unit_measures(network, images, threshold, batch_norm, path)
                 values |= zip(UNIT_METRICS[shown], measures, strict=True)
             if shown == "next_task" and not missing.isdisjoint(GRADIENT_METRICS):
                 gradients = loss_gradients(network, images, labels, seen, batch_norm)
@@ -501,20 +488,17 @@ def settings_file(files: RunFiles) -> Path:
     return files.folder / "analysis_settings" / f"index-{files.index}.json"
 
 
-def no_results(run: Run) -> dict[str, np.ndarray]:
-    """Results, all of them NaN, by the names of their folders: (num_tasks,) float32 each; of a final network, a value per class."""
-    lengths = dict.fromkeys((*TASK_METRICS, ONLINE_ACCURACY), run.sizes.num_tasks)
-    if run.has_final_network:
-        lengths[ACCURACY_PER_CLASS] = len(run.classes)
-    return {metric: np.full(length, np.nan, dtype=np.float32) for metric, length in lengths.items()}
-
-
 def load_results(run: Run, overwrite: bool) -> dict[str, np.ndarray]:
     """The stored results that were computed from the models there now, with the settings asked for; NaN where there are none.
 
+    By the names of their folders, (num_tasks,) float32 each; of a final network, a value per class.
     overwrite: only those that cannot be computed again, since a model is gone.
     """
-    results, num_tasks = no_results(run), run.sizes.num_tasks
+    num_tasks = run.sizes.num_tasks
+    lengths = dict.fromkeys((*TASK_METRICS, ONLINE_ACCURACY), num_tasks)
+    if run.has_final_network:
+        lengths[ACCURACY_PER_CLASS] = len(run.classes)
+    results = {metric: np.full(length, np.nan, dtype=np.float32) for metric, length in lengths.items()}
     is_same = np.zeros(num_tasks + 1, dtype=bool)  # per task, and the final network
     stored_digests = load_digests(run.files, run.settings)
     if len(stored_digests) <= len(run.model_digests):  # there may be more models by now; if fewer, the run was started again
@@ -530,7 +514,7 @@ def load_results(run: Run, overwrite: bool) -> dict[str, np.ndarray]:
     }
     for metric, array in results.items():
         with contextlib.suppress(Exception):  # not there, or damaged in one of many ways: it is computed again
-            stored = np.load(_file(run.files.array_file(metric)), allow_pickle=False)
+            stored = _load_array(run.files.array_file(metric))
             if stored.shape == array.shape and stored.dtype == array.dtype:
                 array[:] = np.where(kept_by_metric.get(metric, is_kept[:num_tasks]), stored, array)
     return results
@@ -538,31 +522,22 @@ def load_results(run: Run, overwrite: bool) -> dict[str, np.ndarray]:
 
 def load_digests(files: RunFiles, settings: dict[str, Any], but: Sequence[str] = ()) -> list[str | None]:
     """SHA-256 of the models that the stored results were computed from; none if that was with other settings, `but` these."""
-    try:
-        stored = json.loads(_file(settings_file(files)).read_text(encoding="utf-8"))
-        digests = list(stored.pop("model_sha256"))
-        return digests if stored | {key: settings[key] for key in but} == settings else []
-    except Exception:  # not there, or damaged in one of many ways
-        return []
-
-
-def _file(path: Path) -> Path:
-    if not path.is_file():  # a pipe, say, would keep its reader waiting
-        raise FileNotFoundError(path)
-    return path
+    path = settings_file(files)
+    stored = read_note(path) if os.path.isfile(path) else {}  # a pipe, say, would keep its reader waiting
+    digests = stored.pop("model_sha256", None)
+    is_same = stored | {key: settings[key] for key in but} == settings
+    return digests if is_same and isinstance(digests, list) else []
 
 
 def missing_metrics(run: Run, results: dict[str, np.ndarray], task: int) -> set[str]:
-    """What is not there, or not finite, of a task whose model is; distances only where the initial network is there too."""
+    """What is not there, or not finite, of a task whose model is; distances only where the initial network is there too.
+
+    task: their number stands for the final network.
+    """
+    if task == run.sizes.num_tasks:
+        return set() if np.isfinite(results[ACCURACY_PER_CLASS]).all() else {ACCURACY_PER_CLASS}
     expected = (metric for metric in TASK_METRICS if metric != DISTANCE or 0 in run.tasks_here)
     return {metric for metric in expected if not np.isfinite(results[metric][task])}
-
-
-def missing_tasks(run: Run, results: dict[str, np.ndarray]) -> list[int]:
-    """The tasks there of whose results something is missing; after the last task, the number of tasks stands for the final network."""
-    is_missing = [bool(missing_metrics(run, results, task)) for task in range(run.sizes.num_tasks)]
-    is_missing.append(ACCURACY_PER_CLASS not in results or not np.isfinite(results[ACCURACY_PER_CLASS]).all())
-    return [task for task in run.tasks_here if is_missing[task]]
 
 
 def online_accuracies(run: Run, stored: np.ndarray) -> np.ndarray:
@@ -577,10 +552,10 @@ def online_accuracies(run: Run, stored: np.ndarray) -> np.ndarray:
     borders = [sizes.steps_before(task * sizes.epochs_per_task) for task in range(sizes.num_tasks + 1)]
     num_windows = borders[-1] // STEPS_PER_WINDOW  # of the whole run
     try:
-        windows = np.load(_file(path), allow_pickle=False).astype(np.float64)
+        windows = _load_array(path).astype(np.float64)
         if windows.ndim != 1 or len(windows) > num_windows:
             raise ValueError
-    except Exception as error:  # np.load raises many kinds, depending on where a file is damaged
+    except Exception as error:
         is_gone = isinstance(error, FileNotFoundError)
         reason = "there is no such file" if is_gone else f"not training accuracies of this run, of which there are {num_windows} at most"
         outcome = "is analysed without its" if np.isnan(stored).all() else "keeps its earlier"
@@ -629,7 +604,7 @@ def describe_results(run: Run, results: dict[str, np.ndarray], done: str) -> str
     if np.isnan(results[DISTANCE][np.isfinite(results[WEIGHT_MAGNITUDE])]).any():
         lines.append(f"Some distances are missing, since the initial network, {run.files.model_file(0).name}, is not there.")
     if not run.files.config_file.is_file():
-        lines.append(f"There is no {run.files.config_file.parent.name}/{run.files.config_file.name}: taken to be of the paper's sizes.")
+        lines.append(f"There is no config_files/{run.files.config_file.name}: taken to be of the paper's sizes.")
     if run.has_final_network and np.isfinite(results[ACCURACY_PER_CLASS]).all():
         lines.append(f"Test accuracy of the final network: {100 * results[ACCURACY_PER_CLASS].mean():.2f} %")
     elif not run.has_final_network:

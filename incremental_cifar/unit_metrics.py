@@ -69,13 +69,10 @@ def active_share(chunks: Sequence[Tensor]) -> Tensor:
 
     chunks: the layer's outputs, (n, c, h, w) or (n, c) each, on any device.
     """
-    num_active = sum(_num_active(chunk).double() for chunk in chunks)  # (c,)
-    return num_active * chunks[0].shape[1] / sum(chunk.numel() for chunk in chunks)
-
-
-def _num_active(chunk: Tensor) -> Tensor:
+    all_but_units = [dim for dim in range(chunks[0].dim()) if dim != 1]
     # Signs, summed in float32, are exact up to 2^24 and several times faster than counting booleans.
-    return chunk.sign().abs_().sum(dim=[dim for dim in range(chunk.dim()) if dim != 1])
+    num_active = sum(chunk.sign().abs_().sum(all_but_units).double() for chunk in chunks)  # (c,)
+    return num_active * chunks[0].shape[1] / sum(chunk.numel() for chunk in chunks)
 
 
 def dormant_unit_fraction(active_shares: Iterable[Tensor], threshold: float) -> float:
@@ -107,8 +104,8 @@ def effective_rank(singular_values: np.ndarray) -> float:
     total = singular_values.sum()
     if total == 0:
         return 1.0  # As released: features that are all zero have rank 1; one would expect 0.
-    shares = singular_values[singular_values > 0] / total
-    shares = shares[shares > 0]  # next to a huge one, the smallest values round to a share of 0
+    shares = singular_values / total
+    shares = shares[shares > 0]  # also without small values that next to a huge one round to a share of 0
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
@@ -185,11 +182,9 @@ def accuracy_per_class(logits: Tensor, labels: Tensor, classes: Sequence[int] | 
     """
     classes = torch.as_tensor(np.asarray(classes), dtype=torch.int64)
     labels = labels.cpu()
-    predicted = classes[logits.cpu()[:, classes].argmax(dim=1)]  # (n,)
-    accuracies = []
-    for label in classes:
-        is_of_class = labels == label
-        if not is_of_class.any():
-            raise ValueError(f"no image of class {int(label)}")
-        accuracies.append((predicted[is_of_class] == label).double().mean().item())
-    return np.array(accuracies, dtype=np.float32)
+    is_correct = classes[logits.cpu()[:, classes].argmax(dim=1)] == labels  # (n,)
+    is_of_class = classes[:, None] == labels  # (k, n)
+    counts = is_of_class.sum(1)
+    if not counts.all():
+        raise ValueError(f"no image of class {int(classes[counts == 0][0])}")
+    return ((is_of_class & is_correct).sum(1).double() / counts).float().numpy()

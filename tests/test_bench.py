@@ -121,9 +121,8 @@ def imagined_gpu(monkeypatch):
     """From here on, this CPU passes for a GPU, of few and small classes; what is given records a function."""
 
     def use(record):
-        monkeypatch.setattr(bench, "is_gpu", lambda device: True, raising=False)
-        for module in (bench, incremental_cifar_experiment):
-            monkeypatch.setattr(module, "has_graphs", lambda device: True)
+        monkeypatch.setattr(bench, "is_gpu", lambda device: True)
+        monkeypatch.setattr(incremental_cifar_experiment, "has_graphs", lambda device: True)
         monkeypatch.setattr(Recorded.__init__, "__defaults__", (record,))
         monkeypatch.setattr(Recorded, "first_failure", None)
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
