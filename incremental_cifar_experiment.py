@@ -306,7 +306,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Config, list[int],
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help="settings that override the config's"
     )
-    parser.add_argument("--track", metavar="NAME", type="track={}".format, action="append", dest="overrides", help="as --set track=NAME")
+    parser.add_argument("--track", metavar="tensorboard|wandb|trackio", type="track={}".format, action="append", dest="overrides")
     parser.add_argument("--explain", nargs="+", action=Explain, metavar="KEY", help="say what settings mean (all: every one); no run")
     parsed = parser.parse_args(arguments)
     options = {name: getattr(parsed, name) for name in ("verbose", "restart", "without_models")}

@@ -87,7 +87,7 @@ class Run(NamedTuple):
     """A run as it is found on disk, with all that its analysis needs but the models and the images."""
 
     files: RunFiles
-    sizes: Config  # only the settings named in SIZE_KEYS are the run's own
+    sizes: Config  # only what `read_sizes` reads is the run's own
     class_order: np.ndarray  # (100,)
     tasks_here: list[int]  # those whose first network is there; the number of tasks stands for the final network
     settings: dict[str, Any]  # what decides whether stored results are those that this command asks for, but the models

@@ -79,7 +79,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--indices", required=True, metavar="N", help="the indices of every config: 3, or 0-14, or 0,2,5-7")
     several = {"action": "extend", "metavar": "KEY=VALUE"}
     parser.add_argument("--set", **several, nargs="+", default=[], dest="overrides", help="settings that override those of all configs")
-    parser.add_argument("--track", metavar="NAME", type="track={}".format, action="append", dest="overrides", help="as --set track=NAME")
+    parser.add_argument("--track", metavar="tensorboard|wandb|trackio", type="track={}".format, action="append", dest="overrides")
     parser.add_argument("--grid", **several, nargs="+", default=[], dest="grids", help="KEY=V1,V2: every combination is an experiment")
     parser.add_argument("--analyse", action="store_true", help="analyse every run when it is finished, and draw the figures at the end")
     parser.add_argument("--keep", choices=("all", "models", "results"), default="all", help="what stays of finished runs (default all)")
