@@ -171,6 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         published = {algorithm: curve for (name, algorithm), curve in read_published_curves().items() if name == PUBLISHED[parsed.metric]}
         if differences := {size_differences(run.sizes) for run in flattened(runs)} - {""}:
             notes.append("These runs are another experiment than the paper's: " + "; ".join(sorted(differences)))
+        if absent := [algorithm_label(curve.algorithm) for curve in shown.curves if curve.algorithm not in published]:
+            notes.append("The paper has no such curve of: " + ", ".join(absent))
     for note in notes:
         print("Note: " + note)
     if escaped := [f"{name!r} is {algorithm_label(name)}" for name in runs if legible(name) != name]:

@@ -408,7 +408,7 @@ def test_published_curves_lie_beneath_thin_and_dashed(results, draw):
         ours = lines_of(figure)[f"{ALGORITHM_LABELS[algorithm]} (1 run)"]
         assert line.is_dashed() and line.get_linewidth() < ours.get_linewidth() and line.get_zorder() < ours.get_zorder()
     assert "The paper (15 runs)" in [text.get_text() for text in figure.legends[0].get_texts()]
-    assert "another experiment" not in out
+    assert "another experiment" not in out and "The paper has no such curve of: Mine" in out and "of: Mine" in figure.texts[0].get_text()
 
 
 def test_published_curves_beside_another_experiment_are_marked(results, draw):
