@@ -408,6 +408,7 @@ def analyse_run(
     of the run's seed and the task: the same for every algorithm, and every time. Raises UserError if a model cannot be used.
     """
     sizes, threshold, batch_norm = run.sizes, run.settings["dormant_unit_threshold"], run.settings["batch_norm"]
+    random_seed = experiment_seed(run.files.index)
     network, initial = network_of(sizes).to(train_set.device, memory_format=torch.channels_last), None
     if 0 in run.tasks_here:
         load_model(run.files.model_file(0), network)
@@ -425,7 +426,7 @@ def analyse_run(
             values[DISTANCE] = two_norm(now - then for now, then in zip(network.parameters(), initial, strict=True))
         num_previous = sizes.classes_per_task * task
         seen = run.class_order[: sizes.num_classes_seen(task)]
-        generator = generator_for(experiment_seed(run.files.index), Purpose.ANALYSIS, task)
+        generator = generator_for(random_seed, Purpose.ANALYSIS, task)
         for shown, classes in (("next_task", seen[num_previous:]), ("previous_tasks", seen[:num_previous])):
             images, labels = draw_images(train_set, classes, generator)
             if not missing.isdisjoint(UNIT_METRICS[shown]):
@@ -522,8 +523,7 @@ def load_results(run: Run, overwrite: bool) -> dict[str, np.ndarray]:
 
 def load_digests(files: RunFiles, settings: dict[str, Any], but: Sequence[str] = ()) -> list[str | None]:
     """SHA-256 of the models that the stored results were computed from; none if that was with other settings, `but` these."""
-    path = settings_file(files)
-    stored = read_note(path) if os.path.isfile(path) else {}  # a pipe, say, would keep its reader waiting
+    stored = read_note(settings_file(files))
     digests = stored.pop("model_sha256", None)
     is_same = stored | {key: settings[key] for key in but} == settings
     return digests if is_same and isinstance(digests, list) else []

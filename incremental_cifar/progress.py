@@ -73,7 +73,8 @@ class Progress:
         """After the epoch's evaluation; its values are in the curves."""
         values = {name: values[epoch] for name, values in self.curves.per_epoch.items()}
         self.bar.set_postfix_str(f"epoch {epoch + 1}, test accuracy {values['test_accuracy_per_epoch']:.3f}", refresh=False)
-        self.say(f"\ttraining loss: {self.curves.step_losses[self.first_step : self.config.steps_before(epoch + 1)].mean():.4f}")
+        if self.is_verbose:  # it waits for the device
+            self.say(f"\ttraining loss: {self.curves.epoch_values(epoch, self.config)['train_loss_per_epoch']:.4f}")
         self.say(f"\tvalidation accuracy: {values['validation_accuracy_per_epoch']:.4f}, loss: {values['validation_loss_per_epoch']:.4f}")
         self.say(f"\ttest accuracy: {values['test_accuracy_per_epoch']:.4f}, loss: {values['test_loss_per_epoch']:.4f}")
         self.say(f"\tepoch run time: {values['epoch_runtime']:.2f} s")
@@ -83,9 +84,9 @@ class Progress:
             print(self.label + text, flush=True)
 
     def report(self, num_epochs: int, at_once: bool = False) -> None:
-        """Write `progress/index-K.json`, at most once a second: how far, how accurate, how long still (seconds), where."""
+        """Write `progress/index-K.json`, at most once a second unless verbose: how far, how accurate, how long still (seconds), where."""
         now = time.monotonic()
-        if not at_once and now - self.last_report < SECONDS_BETWEEN_REPORTS:
+        if not (at_once or self.is_verbose) and now - self.last_report < SECONDS_BETWEEN_REPORTS:
             return
         self.last_report = now
         config = self.config

@@ -159,6 +159,8 @@ def write_note(path: Path, note: dict[str, Any]) -> None:
 
 def read_note(path: Path) -> dict[str, Any]:
     """What `write_note` wrote; empty if it cannot be read."""
+    if not os.path.isfile(path):  # a pipe, say, would keep its reader waiting
+        return {}
     try:
         note = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):

@@ -40,8 +40,8 @@ class WeightsAndBiases:
     def begin(self, folder: Path, key: str, config: dict[str, Any]) -> int:
         import wandb
 
-        (folder / "wandb").mkdir(exist_ok=True)  # where that fails, W&B would write elsewhere; without an account, it would ask for one
-        mode = None if os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.login(prompt=False) else "offline"
+        (folder / "wandb").mkdir(exist_ok=True)  # where that fails, W&B would write elsewhere
+        mode = None if os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.login(prompt=False) else "offline"  # it would ask
         for path in folder.glob(f"wandb/offline-run-*-{key}") if os.environ.get("WANDB_MODE") != "disabled" else ():
             shutil.rmtree(path)  # what is in these goes into the one begun here
         project, group = os.environ.get("WANDB_PROJECT", "incremental-cifar"), config["experiment_name"]

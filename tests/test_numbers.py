@@ -20,12 +20,13 @@ import post_run_analysis
 import run_sweep
 from incremental_cifar import cifar100, learner, trackers
 from incremental_cifar.command_line import run_script
-from incremental_cifar.config import make_config, overrides_of, read_sizes
+from incremental_cifar.config import make_config, read_sizes
 from incremental_cifar.learning_curves import array_lengths
 from incremental_cifar.resnet import BLOCKS_PER_STAGE, build_network
 from incremental_cifar.run_files import RunFiles
 from incremental_cifar.safe_files import write_note
 from incremental_cifar.seeds import draw_class_order, experiment_seed
+from incremental_cifar.sweep_local import LocalSweep
 from plots import export
 from plots.run_results import make_curves, metric_of, read_runs
 
@@ -196,14 +197,23 @@ def test_trackers_are_checked_before_any_work(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / ALGORITHM).exists()
 
 
-def test_a_sweep_passes_the_tracker_on(fakes, tmp_path):
+def test_a_sweep_passes_the_tracker_on(fakes, tmp_path, monkeypatch):
+    commands, jobs = [], []
+    monkeypatch.setattr("incremental_cifar.sweep_local.subprocess.Popen", lambda command, **_: commands.append(command))
+    monkeypatch.setattr("incremental_cifar.sweep_slurm.sbatch", lambda options, output, script, *command: jobs.append(command) or "7")
+    monkeypatch.setattr(run_sweep, "queued_runs", lambda experiments: {})
     file = str(REPOSITORY / "cfg" / f"{ALGORITHM}.json")
-    parsed = run_sweep.parse_arguments(["--configs", file, "--indices", "0", "--set", f"results_dir={tmp_path}", "--track", "trackio"])
-    (runs,) = run_sweep.plan(parsed.configs, parsed.overrides, parsed.grids, parsed.indices)
-    assert runs.config.track == "trackio"
-    # What the sweep gives to each run's process, here and on Slurm.
-    command = ["--config", file, "--set", *overrides_of(runs.config)]
-    assert incremental_cifar_experiment.parse_arguments(command)[0] == runs.config
+    sweep = ["--configs", file, "--indices", "0", "--set", f"results_dir={tmp_path}", "dataset=synthetic"]
+    for track in ("", "trackio"):
+        arguments = [*sweep, "--track", track] if track else sweep
+        parsed = run_sweep.parse_arguments(arguments)
+        (runs,) = run_sweep.plan(parsed.configs, parsed.overrides, parsed.grids, parsed.indices)
+        with pytest.raises(AttributeError):  # of a process that is none
+            LocalSweep([runs], {"slot 1": {}}, 1, False, "all").run_process(runs, "train", "slot 1")
+        assert incremental_cifar_experiment.parse_arguments(commands[-1][2:])[0].track == track
+        assert run_sweep.main([*arguments, "--slurm"]) == 0
+        in_job = run_sweep.parse_arguments([word.replace("%a", "0") for word in jobs[-1][1:]])
+        assert run_sweep.plan(in_job.configs, in_job.overrides, in_job.grids, in_job.indices)[0].config.track == track
 
 
 def test_tensorboards_own_files(tmp_path, monkeypatch):
@@ -342,4 +352,5 @@ def test_verbose_shows_losses_and_the_time_left(tmp_path, capsys):
     for name, metric in {"validation": "validation", "test": "test"}.items():
         for loss in np.load(tmp_path / ALGORITHM / f"{metric}_loss_per_epoch/index-0.npy"):
             assert re.search(rf"\t{name} accuracy: \d\.\d{{4}}, loss: {loss:.4f}\n", shown)
-    assert len(re.findall(r"\ttraining loss: \d+\.\d{4}\n", shown)) == 2 and re.search(r"\ttime left: \d\d:\d\d\n", shown)
+    for line in (r"training loss: \d+\.\d{4}", r"epoch run time: \d+\.\d\d s", r"time left: \d\d:\d\d"):
+        assert len(re.findall(rf"\t{line}\n", shown)) == 2
