@@ -26,6 +26,7 @@ from incremental_cifar.resnet import BLOCKS_PER_STAGE, build_network
 from incremental_cifar.run_files import RunFiles
 from incremental_cifar.safe_files import write_note
 from incremental_cifar.seeds import draw_class_order, experiment_seed
+from incremental_cifar.stored_run import StoredRun
 from incremental_cifar.sweep_local import LocalSweep
 from plots import export
 from plots.run_results import make_curves, metric_of, read_runs
@@ -148,6 +149,17 @@ def test_a_record_has_every_epoch_once_whatever_was_killed(name, fakes, tmp_path
     )
 
 
+def test_what_a_record_lacks_is_put_in_although_nothing_is_left_to_train(fakes, tmp_path, monkeypatch):
+    def killed(self):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(StoredRun, "finish", killed)
+        train(tmp_path)
+    assert train(tmp_path, "--track", "wandb") == 0
+    assert [epoch for epoch, _ in fakes[-1].rows] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_tracker_that_fails_says_so_once_and_ends_no_run(fakes, tmp_path, monkeypatch, capsys, untracked):
     monkeypatch.setattr(FakeRun, "fail_at", 4)
     assert train(tmp_path, "--track", "wandb") == 0
@@ -259,6 +271,7 @@ def test_the_table_has_every_value_of_every_array(tmp_path, rng):
     np.save(folder / "class_order" / "index-00.npy", np.arange(100))
     files.save_array("units_reset_per_epoch", np.float32([np.nan] * 5 + [3] * 7))  # begun in mid-run
     files.save_array("next_task_dormant_units_analysis", np.float32([0, 0.25, np.nan]))
+    files.save_array("average_online_accuracy_analysis", np.float32([0.5, 0.25, 0.125]))
     assert run_script(export.main, ["--results_dir", str(tmp_path), "--output", str(tmp_path / "all.csv")]) == 0
     table = export.results_table(tmp_path)
     assert list(table) == ["algorithm", "index", "metric", "task", "number_of_classes", "epoch", "value"]
@@ -273,6 +286,7 @@ def test_the_table_has_every_value_of_every_array(tmp_path, rng):
 
     assert places("test_loss_per_epoch") == [[1 + epoch // 4, 2 * (1 + epoch // 4), epoch + 1] for epoch in range(NUM_EPOCHS)]
     assert places("next_task_dormant_units_analysis") == [[1, 2, 0], [2, 4, 4], [3, 6, 8]]
+    assert places("average_online_accuracy_analysis") == [[1, 2, 4], [2, 4, 8], [3, 6, 12]]
     assert places("train_loss_per_checkpoint") == [[2, 4, 6], [3, 6, 9], [3, 6, 11]]  # steps 25, 50, 75: 4, 8 and 12 in an epoch
     assert places("class_order")[:3] == [[1, 1, 12], [1, 2, 12], [2, 3, 12]]
 
@@ -304,6 +318,12 @@ def test_the_page_of_stored_models_says_what_works(tmp_path, untracked):
     exec(images, names)
     exec(accuracy.partition("validation, ")[0], names)
     assert names["accuracy"].item() == measured
+
+
+def test_any_network_is_found_in_a_file_by_its_first_parameter(tmp_path):
+    network, other = (torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()) for _ in range(2))
+    torch.save({"state_dict": {f"module.{name}": value for name, value in network.state_dict().items()}}, tmp_path / "a.pt")
+    assert torch.equal(post_run_analysis.load_model(tmp_path / "a.pt", other)[0].weight, network[0].weight)
 
 
 def test_a_changed_network_is_trained_and_analysed(tmp_path, monkeypatch):

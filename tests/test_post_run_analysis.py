@@ -14,7 +14,7 @@ import incremental_cifar_experiment
 import post_run_analysis
 from incremental_cifar.cifar100 import draw_synthetic_images, normalise
 from incremental_cifar.command_line import run_script
-from incremental_cifar.config import UserError
+from incremental_cifar.config import Config, UserError
 from incremental_cifar.resnet import ResNet18, build_network, hidden_layers
 from incremental_cifar.run_files import RunFiles
 from incremental_cifar.seeds import draw_class_order, experiment_seed
@@ -483,6 +483,14 @@ def test_folders_are_put_together_as_everywhere(experiment, monkeypatch, capsys)
 
 
 # --- The released code's results -------------------------------------------------------------------------------------------------
+
+
+def test_of_a_run_in_progress_without_a_class_order_it_is_that_of_its_seed(experiment):
+    files = RunFiles(experiment, 0)
+    files.array_file("class_order").unlink()
+    for seed, expected in {None: experiment_seed(0), 5: 5}.items():
+        order = post_run_analysis.load_class_order(files, Config(class_order_seed=seed), is_finished=False)
+        assert np.array_equal(order, draw_class_order(expected))
 
 
 def test_images_are_by_default_where_the_run_had_them(experiment, tmp_path, monkeypatch, capsys):

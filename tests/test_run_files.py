@@ -1,6 +1,7 @@
 import os
 import pickle
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from incremental_cifar.command_line import status_text
 from incremental_cifar.config import Config, UserError
 from incremental_cifar.resnet import build_network
 from incremental_cifar.run_files import RunFiles, how_it_stands, last_line, state_bytes, state_digest
-from incremental_cifar.safe_files import write_file
+from incremental_cifar.safe_files import read_note, write_file
 
 
 def test_finished_indices_are_sorted_and_without_repeats(tmp_path):
@@ -232,3 +233,12 @@ def test_what_a_process_died_of_is_said_in_words(status, log, text, line, tmp_pa
     path = tmp_path / "index-0.log"
     path.write_bytes(b"error: of an attempt before\n\n=== started: now: python\n" + log)
     assert (status_text(status), last_line(path)) == (text, line)
+
+
+def test_a_note_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "note.json")  # nobody writes into it
+    notes = []
+    reader = threading.Thread(target=lambda: notes.append(read_note(tmp_path / "note.json")), daemon=True)
+    reader.start()
+    reader.join(10)
+    assert notes == [{}]
