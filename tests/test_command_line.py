@@ -43,13 +43,6 @@ def test_other_texts_are_refused_in_one_line(text):
 
 
 @pytest.mark.parametrize("script", ["incremental_cifar_experiment.py", "plots/plot_paper_figure.py"])
-def test_a_warning_has_a_line_of_its_own_above_a_bar(capsys):
-    with tqdm(total=2) as bar:
-        bar.update()
-        warn("it rains")
-    assert re.search(r"%.*[\r\n]warning: it rains\n.*50%", capsys.readouterr().err, re.DOTALL)
-
-
 def test_a_user_without_a_name_and_a_home_can_start_the_scripts(script):
     """A number without an entry in /etc/passwd, as with `docker run --user 12345`."""
     nameless = ["unshare", "--user", "--map-user=12345"]
@@ -59,3 +52,10 @@ def test_a_user_without_a_name_and_a_home_can_start_the_scripts(script):
     command = [*nameless, sys.executable, str(REPOSITORY / script), "--help"]
     completed = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert completed.returncode == 0 and completed.stdout.startswith("usage: "), completed.stderr
+
+
+def test_a_warning_has_a_line_of_its_own_above_a_bar(capsys):
+    with tqdm(total=2) as bar:
+        bar.update()
+        warn("it rains")
+    assert re.search(r"%.*[\r\n]warning: it rains\n.*50%", capsys.readouterr().err, re.DOTALL)

@@ -153,9 +153,10 @@ def test_what_a_record_lacks_is_put_in_although_nothing_is_left_to_train(fakes, 
     def killed(self):
         raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(StoredRun, "finish", killed)
-        train(tmp_path)
+        with pytest.raises(Killed):
+            train(tmp_path)
     assert train(tmp_path, "--track", "wandb") == 0
     assert [epoch for epoch, _ in fakes[-1].rows] == [1, 2, 3, 4, 5, 6]
 
