@@ -26,8 +26,8 @@ from incremental_cifar.resnet import BLOCKS_PER_STAGE, build_network
 from incremental_cifar.run_files import RunFiles
 from incremental_cifar.safe_files import write_note
 from incremental_cifar.seeds import draw_class_order, experiment_seed
-from incremental_cifar.stored_run import StoredRun
 from incremental_cifar.sweep_local import LocalSweep
+from incremental_cifar_experiment import IncrementalCIFARExperiment
 from plots import export
 from plots.run_results import make_curves, metric_of, read_runs
 
@@ -150,11 +150,13 @@ def test_a_record_has_every_epoch_once_whatever_was_killed(name, fakes, tmp_path
 
 
 def test_what_a_record_lacks_is_put_in_although_nothing_is_left_to_train(fakes, tmp_path, monkeypatch):
-    def killed(self):
-        raise Killed
+    def killed_before_the_last_curves(self, num_epochs, store_curves=IncrementalCIFARExperiment.store_curves):
+        if num_epochs == 6:
+            raise Killed
+        store_curves(self, num_epochs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StoredRun, "finish", killed)
+        patch.setattr(IncrementalCIFARExperiment, "store_curves", killed_before_the_last_curves)
         with pytest.raises(Killed):
             train(tmp_path)
     assert train(tmp_path, "--track", "wandb") == 0
