@@ -61,9 +61,8 @@ class LearningCurves:
 
     def epoch_values(self, epoch: int, config: Config) -> dict[str, float]:
         """What was measured in an epoch, of its steps the means, without what is NaN; waits for the device."""
-        steps = slice(config.steps_before(epoch), config.steps_before(epoch + 1))
         of_steps = {"train_loss_per_epoch": self.step_losses, "train_accuracy_per_epoch": self.step_accuracies}
-        values = {name: values[steps].mean().item() for name, values in of_steps.items()}
+        values = {name: each[config.steps_before(epoch) : config.steps_before(epoch + 1)].mean().item() for name, each in of_steps.items()}
         return values | {name: float(values[epoch]) for name, values in self.per_epoch.items() if not np.isnan(values[epoch])}
 
     def arrays(self, num_epochs: int, num_steps: int) -> dict[str, np.ndarray]:
